@@ -1,0 +1,61 @@
+# `make demo` and `make test` each set everything up in .venv first; nothing is left
+# outside this folder. uv is used where it is present, python and pip where not.
+
+VENV := .venv
+PY := $(VENV)/bin/python
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	&& echo $$p && break; done)
+UV := $(shell command -v uv 2>/dev/null)
+ifdef UV
+PIP := uv pip install --quiet --python $(PY)
+else
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check
+endif
+
+.PHONY: demo test lint bench format clean
+
+demo: $(VENV)/.demo
+	$(PY) -m experiments demo
+
+test: $(VENV)/.test
+	$(PY) -m pytest -n auto
+
+lint: $(VENV)/.dev
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m pyright --pythonpath $(PY)
+
+bench: $(VENV)/.demo
+	$(PY) -m benchmarks run
+
+format: $(VENV)/.dev
+	$(PY) -m ruff format .
+	$(PY) -m ruff check --fix .
+
+clean:
+	rm -rf $(VENV)
+
+$(PY):
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or later is needed: make PYTHON=/path/to/python"; exit 1; }
+ifdef UV
+	uv venv --quiet --python $(PYTHON) $(VENV)
+else
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade "pip>=25.1"
+endif
+
+$(VENV)/.demo: pyproject.toml | $(PY)
+	@echo "Installing into $(VENV) ..."
+	$(PIP) -e ".[experiments]"
+	@touch $@
+
+$(VENV)/.test: pyproject.toml | $(PY)
+	@echo "Installing into $(VENV) ..."
+	$(PIP) -e ".[experiments]" --group test
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml | $(PY)
+	@echo "Installing into $(VENV) ..."
+	$(PIP) -e ".[experiments]" --group dev
+	@touch $@

@@ -1,0 +1,78 @@
+"""The composer: scope x bound x shape makes a gradient transformation."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optaxclip import _trees, bounds, shapes
+from optaxclip.scopes import Scope
+
+Shape = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def clip_by(
+    scope: Scope, bound: bounds.BoundLike, shape: Shape = shapes.hard
+) -> optax.GradientTransformationExtraArgs:
+    """Bounds the magnitudes of the updates and puts the directions back.
+
+        updates --scope--> magnitudes --bound--> limits --shape--> new magnitudes
+                                                        --scope--> updates
+
+    Every clip of this library is one call of this function.
+
+    Guarantee: measured by the scope, no new magnitude exceeds what the shape gives,
+    within a few units in the last place of the leaf dtype; a cell that the shape does
+    not change, or whose limit is inf, comes out bit for bit as it went in; structure,
+    shapes, dtypes and weak types are unchanged.
+
+    Args:
+      scope: what counts as one magnitude; see `optaxclip.scopes`.
+      bound: how large it may be: a number, a schedule, a bound, or a pytree prefix of
+        these; see `optaxclip.bounds`.
+      shape: what becomes of it beyond; see `optaxclip.shapes`.
+
+    Returns:
+      A transformation whose state is what the bound has learned: `optax.EmptyState` for
+      a number. Its update takes `norm=`, the global norm if the caller knows it, which
+      the `tree` scope then does not measure again; other extra arguments are ignored.
+
+    Raises:
+      TypeError, ValueError: for a bound that is not one; by `init` and `update`, for
+        trees that do not fit.
+
+    Examples:
+      Every column of a kernel at most a tenth of its own norm, smoothly:
+
+      >>> import jax.numpy as jnp
+      >>> from optaxclip import bounds, clip_by, scopes, shapes
+      >>> tx = clip_by(scopes.unit(), bounds.relative(0.1), shapes.sqrt)
+      >>> params = jnp.array([[3.0, 0.0], [4.0, 1.0]])
+      >>> updates, _ = tx.update(10 * params, tx.init(params), params)
+      >>> print(jnp.linalg.norm(updates, axis=0).round(3))
+      [0.5 0.1]
+    """
+    bound = bounds.of(bound, "clip_by: bound")
+
+    def init(params):
+        return bound.init(jax.eval_shape(lambda p: scope.split(p, None)[0], params))
+
+    def update(updates, state, params=None, *, norm=None, **extra_args):
+        del extra_args
+        seen, rebuild = scope.split(updates, norm)
+
+        def own(who):
+            return scope.split(_trees.align(params, updates, who), None)[0]
+
+        limits, learn = bound.limit(state, seen, own)
+        kept = jax.tree.map(
+            lambda m, c: jnp.where(c == jnp.inf, m, shape(m, c)), seen, limits
+        )
+        alone = jax.tree.map(
+            lambda m, c, k: (k == m) | (c == jnp.inf), seen, limits, kept
+        )
+        return rebuild(kept, alone), learn(kept)
+
+    return optax.GradientTransformationExtraArgs(init, update)

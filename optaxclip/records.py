@@ -1,0 +1,123 @@
+"""What a clip saw and did: the record, and finding records in optimizer states."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+PyTree = Any
+
+
+class Record(NamedTuple):
+    """State of a `recorded` bound. `norm` is taken *before* the clip.
+
+    The structure is fixed from `init` on, so a record can be carried through
+    `lax.scan`, `optax.MultiSteps` and checkpoints. Before the first step `norm` and
+    `limit` are 0.
+
+    Attributes:
+      norm: in the structure of the magnitudes, the largest magnitude of each array:
+        the global norm for a clip by global norm, one norm per leaf or per label for
+        `leaf` and `group`, the largest unit norm or modulus of each leaf for `unit`
+        and `element`.
+      limit: the same, the limit of the cell whose magnitude is in `norm`.
+      scale: smallest factor a finite cell was multiplied by; 1 if nothing was clipped.
+      clipped: share of cells whose factor was below 1, in [0, 1].
+      steps: number of updates seen.
+      clipped_steps: updates in which any cell was clipped.
+      nonfinite_steps: updates in which any magnitude was NaN or inf.
+      bound: state of the bound that is recorded.
+    """
+
+    norm: PyTree  # arrays of shape=(), dtype of the magnitudes
+    limit: PyTree  # arrays of shape=(), dtype of the magnitudes
+    scale: jax.Array  # shape=(), dtype=jnp.float32
+    clipped: jax.Array  # shape=(), dtype=jnp.float32
+    steps: jax.Array  # shape=(), dtype=jnp.int32
+    clipped_steps: jax.Array  # shape=(), dtype=jnp.int32
+    nonfinite_steps: jax.Array  # shape=(), dtype=jnp.int32
+    bound: PyTree
+
+    @classmethod
+    def empty(cls, magnitudes: PyTree, bound: PyTree) -> "Record":
+        """Returns the record before the first step."""
+
+        def zero(magnitude):
+            return jnp.zeros((), magnitude.dtype)
+        return cls(
+            norm=jax.tree.map(zero, magnitudes),
+            limit=jax.tree.map(zero, magnitudes),
+            scale=jnp.ones((), jnp.float32),
+            clipped=jnp.zeros((), jnp.float32),
+            steps=jnp.zeros((), jnp.int32),
+            clipped_steps=jnp.zeros((), jnp.int32),
+            nonfinite_steps=jnp.zeros((), jnp.int32),
+            bound=bound,
+        )
+
+    def after(
+        self, magnitudes: PyTree, limits: PyTree, kept: PyTree, bound: PyTree
+    ) -> "Record":
+        """Returns the record after one more step."""
+        scale = jnp.ones((), jnp.float32)
+        clipped = jnp.zeros((), jnp.float32)
+        finite = jnp.array(True)
+        count = 0
+        for seen, new in zip(
+            jax.tree.leaves(magnitudes), jax.tree.leaves(kept), strict=True
+        ):
+            factor = jnp.where((seen > 0) & jnp.isfinite(seen), new / seen, 1)
+            factor = factor.astype(jnp.float32)
+            scale = jnp.minimum(scale, jnp.min(factor, initial=1))
+            clipped += jnp.sum(new < seen, dtype=jnp.float32)
+            finite &= jnp.all(jnp.isfinite(seen))
+            count += seen.size
+        return Record(
+            norm=jax.tree.map(_largest, magnitudes),
+            limit=jax.tree.map(_limit_of_largest, magnitudes, limits),
+            scale=scale,
+            clipped=clipped / max(count, 1),
+            steps=optax.safe_increment(self.steps),
+            clipped_steps=_count(self.clipped_steps, clipped > 0),
+            nonfinite_steps=_count(self.nonfinite_steps, ~finite),
+            bound=bound,
+        )
+
+
+def records(opt_state: PyTree) -> list[Record]:
+    """Finds every record in an optimizer state, in the order of the chain.
+
+    Args:
+      opt_state: the state of any transformation: chains, `masked`, `partition`,
+        `MultiSteps`, `inject_hyperparams`, `nnx.Optimizer.opt_state`.
+
+    Returns:
+      The records; an empty list if no bound is `recorded`.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, optaxclip
+      >>> tx = optaxclip.clip_by_leaf_norm(optaxclip.recorded(1.0))
+      >>> updates = {"b": jnp.array([0.5]), "w": jnp.array([3.0, 4.0])}
+      >>> _, state = tx.update(updates, tx.init(updates))
+      >>> (record,) = optaxclip.records(state)
+      >>> print({k: float(n) for k, n in record.norm.items()}, float(record.clipped))
+      {'b': 0.5, 'w': 5.0} 0.5
+    """
+    leaves = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, Record))
+    return [leaf for leaf in leaves if isinstance(leaf, Record)]
+
+
+def _largest(magnitude: jax.Array) -> jax.Array:
+    return jnp.max(magnitude, initial=0)
+
+
+def _limit_of_largest(magnitude: jax.Array, limit: jax.Array) -> jax.Array:
+    if not limit.ndim:
+        return limit
+    at_largest = magnitude == jnp.max(magnitude, initial=0)
+    return jnp.min(jnp.where(at_largest, limit, jnp.inf), initial=jnp.inf)
+
+
+def _count(count: jax.Array, happened: jax.Array) -> jax.Array:
+    return jnp.where(happened, optax.safe_increment(count), count)

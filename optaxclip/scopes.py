@@ -1,0 +1,356 @@
+"""What counts as one magnitude: an element, a unit, a leaf, a group, the whole tree.
+
+A scope splits updates into magnitudes and what is left, the directions:
+
+    magnitudes, rebuild = scope.split(updates, norm)
+    updates = rebuild(new_magnitudes, alone)
+
+`magnitudes` is a pytree of real arrays, float32 or wider, each entry a *cell*; they
+broadcast against the leaves they were measured on. `rebuild` takes the new magnitude
+of every cell, and whether the cell is to be left alone: then its updates come out bit
+for bit as they went in. The other laws every scope obeys:
+
+* the new magnitudes are what measuring the result gives, to the last bits of the leaf
+  dtype; dtypes, weak types and structure are those that went in;
+* a cell whose magnitude is NaN or inf comes out as NaN, unless it is left alone: its
+  finite neighbours do not silently become zeros. `element` and `side` have no
+  neighbours: there inf takes the new magnitude and NaN stays;
+* leaves that are not floating point, `None` and `MaskedNode` pass through uncounted;
+* derivatives are finite, and right wherever the norm has one.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from optaxclip import _trees, axes, norms
+from optaxclip._checks import check_number
+
+PyTree = Any
+Rebuild = Callable[[PyTree, PyTree], PyTree]
+
+
+class Scope(NamedTuple):
+    """What counts as one magnitude.
+
+    Attributes:
+      split: `(updates, norm) -> (magnitudes, rebuild)`. `norm` is None, or the norm of
+        the whole tree if the caller knows it; scopes that measure something else
+        ignore it.
+    """
+
+    split: Callable[[PyTree, jax.typing.ArrayLike | None], tuple[PyTree, Rebuild]]
+
+
+def element() -> Scope:
+    """Makes every element a cell: magnitude `|u|`, direction the sign or the phase.
+
+    Returns:
+      A scope whose magnitudes have the structure and shapes of the updates.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from optaxclip import scopes
+      >>> magnitudes, _ = scopes.element().split(jnp.array([3.0, -4.0]), None)
+      >>> print(magnitudes)
+      [3. 4.]
+    """
+
+    def split(updates, norm):
+        del norm
+        part = _trees.counted(updates)
+        seen = [_modulus(u) for u in part.arrays]
+
+        def rebuild(kept, alone):
+            cells = zip(part.arrays, seen, part.values(kept), part.values(alone))
+            return part.replace([_turn(*cell) for cell in cells])
+
+        return part.cells(seen), rebuild
+
+    return Scope(split)
+
+
+def side() -> Scope:
+    """Makes two cells of every element: how far it is below zero, how far above.
+
+    Returns:
+      A scope whose magnitudes are `{"negative": max(-u, 0), "positive": max(u, 0)}`,
+      each with the structure and shapes of the updates. Bounds may be given by side.
+
+    Raises:
+      TypeError: by `split`, for complex updates, which have no sides.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from optaxclip import scopes
+      >>> magnitudes, _ = scopes.side().split(jnp.array([3.0, -4.0]), None)
+      >>> print(magnitudes["negative"], magnitudes["positive"])
+      [0. 4.] [3. 0.]
+    """
+
+    def split(updates, norm):
+        del norm
+        part = _trees.counted(updates)
+        for path, leaf in _trees.named(updates):
+            if jnp.iscomplexobj(leaf):
+                raise TypeError(
+                    f"scopes.side: complex updates have no sides, got {leaf.dtype} at "
+                    f"{path}. Use the element scope, which bounds the modulus."
+                )
+        wide = [u.astype(_trees.widest(u.dtype)) for u in part.arrays]
+        zeros = [jnp.zeros_like(w) for w in wide]
+        seen = {
+            "negative": part.cells([jnp.maximum(-w, z) for w, z in zip(wide, zeros)]),
+            "positive": part.cells([jnp.maximum(w, z) for w, z in zip(wide, zeros)]),
+        }
+
+        def rebuild(kept, alone):
+            low, high = (part.values(kept[s]) for s in ("negative", "positive"))
+            still = [part.values(alone[s]) for s in ("negative", "positive")]
+            new = []
+            for i, (u, w) in enumerate(zip(part.arrays, wide, strict=True)):
+                size = jnp.where(w < 0, low[i], high[i])
+                signed = jnp.copysign(size, w).astype(u.dtype)
+                new.append(jnp.where(still[0][i] & still[1][i], u, signed))
+            return part.replace(new)
+
+        return seen, rebuild
+
+    return Scope(split)
+
+
+def unit(axis: Any = None, ord: float | str | None = None) -> Scope:
+    """Makes every slice that feeds one output a cell, such as a column of a kernel.
+
+    Args:
+      axis: which axes a unit spans: None (by rank), an int, a tuple, a pytree prefix
+        of these, or a callable of path and leaf; see `optaxclip.axes`.
+      ord: order of the norm, as in `norms.tree_norm`.
+
+    Returns:
+      A scope whose magnitudes have the structure of the updates and their shapes, with
+      1 for every axis that a unit spans.
+
+    Raises:
+      TypeError: for an `axis` or `ord` that is not static.
+      ValueError: for another `ord`; by `split`, for axes out of range.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from optaxclip import scopes
+      >>> magnitudes, _ = scopes.unit().split(jnp.array([[3.0, 0.0], [4.0, 1.0]]), None)
+      >>> print(magnitudes)
+      [[5. 1.]]
+    """
+    ord = norms.check_ord(ord, "scopes.unit")
+
+    def split(updates, norm):
+        del norm
+        part = _trees.counted(updates)
+        spanned = axes.resolve(axis, updates, "scopes.unit: axis")
+        seen = norms.measure(part.arrays, axes=spanned, ord=ord)
+        return part.cells(seen), _rescaling(part, seen, part.values)
+
+    return Scope(split)
+
+
+def leaf(ord: float | str | None = None) -> Scope:
+    """Makes every array of the tree a cell.
+
+    Flax' `LSTMCell` and `GRUCell` hold one array per gate, so there a leaf is a gate.
+
+    Args:
+      ord: order of the norm, as in `norms.tree_norm`.
+
+    Returns:
+      A scope whose magnitudes have the structure of the updates, each a scalar.
+
+    Raises:
+      ValueError: for another `ord`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from optaxclip import scopes
+      >>> updates = {"b": jnp.array([1.0]), "w": jnp.array([3.0, 4.0])}
+      >>> magnitudes, _ = scopes.leaf().split(updates, None)
+      >>> print(float(magnitudes["b"]), float(magnitudes["w"]))
+      1.0 5.0
+    """
+    ord = norms.check_ord(ord, "scopes.leaf")
+
+    def split(updates, norm):
+        del norm
+        part = _trees.counted(updates)
+        seen = norms.measure(part.arrays, ord=ord)
+        return part.cells(seen), _rescaling(part, seen, part.values)
+
+    return Scope(split)
+
+
+def group(
+    labels: PyTree | Callable[[PyTree], PyTree], ord: float | str | None = None
+) -> Scope:
+    """Makes all leaves of one label a cell.
+
+    Args:
+      labels: pytree of labels, a prefix of the updates, or a callable that makes one of
+        the updates, as for `optax.partition`.
+      ord: order of the norm, as in `norms.tree_norm`.
+
+    Returns:
+      A scope whose magnitudes are a dict from label to scalar. A label without leaves
+      has magnitude 0.
+
+    Raises:
+      ValueError: for another `ord`; by `split`, if a leaf has no label.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from optaxclip import scopes
+      >>> updates = {"a": jnp.array([3.0]), "b": jnp.array([4.0]), "c": jnp.array([1.0])}
+      >>> labels = {"a": "hidden", "b": "hidden", "c": "output"}
+      >>> magnitudes, _ = scopes.group(labels).split(updates, None)
+      >>> print({label: float(m) for label, m in magnitudes.items()})
+      {'hidden': 5.0, 'output': 1.0}
+    """
+    ord = norms.check_ord(ord, "scopes.group")
+
+    def split(updates, norm):
+        del norm
+        part = _trees.counted(updates)
+        tree = labels(updates) if callable(labels) else labels
+        cells = _trees.only_counted(updates)
+        label_of = jax.tree.leaves(_trees.spread(tree, cells, "scopes.group: labels"))
+        names = sorted(set(jax.tree.leaves(tree)))
+        groups = [[i for i, name in enumerate(label_of) if name == n] for n in names]
+        seen = norms.measure(part.arrays, groups=groups, ord=ord)
+        cell_of = [names.index(name) for name in label_of]
+
+        def listed(cells):
+            return [cells[name] for name in names]
+
+        magnitudes = dict(zip(names, seen, strict=True))
+        return magnitudes, _rescaling(part, seen, listed, cell_of)
+
+    return Scope(split)
+
+
+def tree(ord: float | str | None = None) -> Scope:
+    """Makes the whole tree one cell: its magnitude is the global norm.
+
+    Args:
+      ord: order of the norm, as in `norms.tree_norm`.
+
+    Returns:
+      A scope whose magnitude is a scalar. If the caller of `split` gives a norm it is
+      taken as it is and nothing is measured.
+
+    Raises:
+      ValueError: for another `ord`; by `split`, for a `norm` that is negative or NaN or
+        not a scalar.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from optaxclip import scopes
+      >>> updates = {"b": jnp.array([3.0]), "w": jnp.array([0.0, 4.0])}
+      >>> magnitude, _ = scopes.tree().split(updates, None)
+      >>> print(float(magnitude))
+      5.0
+    """
+    ord = norms.check_ord(ord, "scopes.tree")
+
+    def split(updates, norm):
+        part = _trees.counted(updates)
+        if norm is None:
+            whole = [range(len(part.arrays))]
+            (seen,) = norms.measure(part.arrays, groups=whole, ord=ord)
+        else:
+            seen = _known(norm)
+        cell_of = [0] * len(part.arrays)
+        return seen, _rescaling(part, [seen], lambda cell: [cell], cell_of)
+
+    return Scope(split)
+
+
+def _known(norm: jax.typing.ArrayLike) -> jax.Array:
+    check_number(norm, "update: norm", nan_allowed=True)
+    norm = jnp.asarray(norm)
+    if norm.ndim:
+        raise ValueError(
+            f"update: norm must be a scalar, got norm of shape {norm.shape}. Give the "
+            "norm of all updates together."
+        )
+    return norm.astype(_trees.widest(norm.dtype))
+
+
+def _modulus(u: jax.Array) -> jax.Array:
+    if jnp.iscomplexobj(u):
+        return jnp.abs(u)
+    return jnp.abs(u.astype(_trees.widest(u.dtype)))
+
+
+def _turn(u, seen, kept, alone):
+    """Gives each element its new modulus; an inf takes it with the sign it has."""
+    if jnp.iscomplexobj(u):
+        return jnp.where(alone, u, u * _factor(seen, kept, alone).astype(u.dtype))
+    wide = u.astype(seen.dtype)
+    return jnp.where(alone, u, jnp.copysign(kept, wide).astype(u.dtype))
+
+
+def _rescaling(
+    part: _trees.Counted,
+    seen: Sequence[jax.Array],
+    listed: Callable[[PyTree], list[jax.Array]],
+    cell_of: Sequence[int] | None = None,
+) -> Rebuild:
+    """Makes the rebuild of a scope whose cells hold whole slices of the updates.
+
+    `where(factor == 1, u, u * factor)` with a factor per cell: a scalar factor fuses
+    into whatever reads the result, and an idle clip writes nothing.
+
+    Args:
+      part: the updates.
+      seen: the magnitude of every cell.
+      listed: lists a pytree of cells in the order of `seen`.
+      cell_of: for each array, the position of its cell; None: each has its own.
+    """
+    cell_of = range(len(part.arrays)) if cell_of is None else cell_of
+
+    def rebuild(kept, alone):
+        cells = zip(seen, listed(kept), listed(alone), strict=True)
+        factors = [_factor(*cell) for cell in cells]
+        still = [factor == 1 for factor in factors]
+        spread: dict[Any, jax.Array] = {}
+        new = []
+        for u, cell in zip(part.arrays, cell_of, strict=True):
+            real = _trees.widest(u.dtype, factors[cell].dtype)
+            dtype = _trees.widened(u.dtype, real)
+            factor = factors[cell].astype(dtype)
+            if factor.ndim:
+                scaled = (u.astype(dtype) * factor).astype(u.dtype)
+                new.append(jnp.where(still[cell], u, scaled))
+                continue
+            like = (cell, jax.typeof(u))
+            if like not in spread:
+                spread[like] = lax.full_like(u, factor, dtype)
+            scaled = (u.astype(dtype) * spread[like]).astype(u.dtype)
+            new.append(lax.select(still[cell], u, scaled))
+        return part.replace(new)
+
+    return rebuild
+
+
+def _factor(seen: jax.Array, kept: jax.Array, alone: jax.Array) -> jax.Array:
+    """What takes a magnitude to its new one: 1 if alone, NaN if not finite, never inf.
+
+    The division comes last: XLA computes a quotient once, but would repeat whatever
+    follows it in the kernel of every leaf.
+    """
+    one = jnp.ones_like(seen)
+    new = jnp.where(alone, one, jnp.where(jnp.isfinite(seen), kept, jnp.nan))
+    largest = jnp.finfo(seen.dtype).max
+    old = jnp.where(seen > 0, jnp.maximum(seen, kept / largest), one)
+    return new / jnp.where(alone, one, old)

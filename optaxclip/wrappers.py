@@ -1,0 +1,102 @@
+"""Around a clip: what to do about updates that are not finite."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.experimental import checkify
+
+from optaxclip import _trees
+
+
+class ZeroNonfiniteState(NamedTuple):
+    """State of `zero_nonfinite`."""
+
+    zeroed: jax.Array  # elements replaced in the last update; shape=(), int32
+    total: jax.Array  # elements replaced so far, at most 2^31 - 1; shape=(), int32
+
+
+def zero_nonfinite() -> optax.GradientTransformationExtraArgs:
+    """Replaces every NaN and inf element by 0, and counts them.
+
+    `u -> u if isfinite(u) else 0`. Put it before a clip to go on with the finite part
+    of a damaged gradient: the norm is then that of what is left.
+
+    A complex element is replaced if either part is not finite. Leaves that are not
+    floating point pass through.
+
+    Returns:
+      A transformation with a `ZeroNonfiniteState`.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, optaxclip
+      >>> tx = optax.chain(optaxclip.zero_nonfinite(), optaxclip.clip_by_global_norm(1.0))
+      >>> updates = jnp.array([3.0, jnp.nan, 4.0, jnp.inf])
+      >>> clipped, state = tx.update(updates, tx.init(updates))
+      >>> print(clipped.round(3), state[0].zeroed)
+      [0.6 0.  0.8 0. ] 2
+    """
+
+    def init(params):
+        del params
+        return ZeroNonfiniteState(
+            zeroed=jnp.zeros((), jnp.int32), total=jnp.zeros((), jnp.int32)
+        )
+
+    def update(updates, state, params=None, **extra_args):
+        del params, extra_args
+        part = _trees.counted(updates)
+        finite = [jnp.isfinite(u) for u in part.arrays]
+        zeroed = sum(
+            (jnp.sum(~f, dtype=jnp.int32) for f in finite), jnp.zeros((), jnp.int32)
+        )
+        kept = [
+            jnp.where(f, u, jnp.zeros_like(u))
+            for f, u in zip(finite, part.arrays, strict=True)
+        ]
+        room = jnp.iinfo(jnp.int32).max - state.total
+        total = state.total + jnp.minimum(zeroed, room)
+        return part.replace(kept), ZeroNonfiniteState(zeroed=zeroed, total=total)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def check_finite() -> optax.GradientTransformationExtraArgs:
+    """Raises if an element is NaN or inf, naming the leaf, inside jitted code.
+
+    PyTorch's `error_if_nonfinite` for JAX. It checks only in a function that is
+    transformed by `jax.experimental.checkify.checkify` and is not there otherwise, so
+    it may stay in the chain of a production run.
+
+    Returns:
+      A transformation without state that gives back the updates as they are.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optaxclip
+      >>> from jax.experimental import checkify
+      >>> tx = optaxclip.check_finite()
+      >>> update = lambda updates: tx.update(updates, tx.init(updates))[0]
+      >>> error, _ = jax.jit(checkify.checkify(update))({"w": jnp.array([1.0, jnp.nan])})
+      >>> print(error.get().split(" (")[0])
+      check_finite: updates must be finite, got 1 of 2 elements NaN or inf at w
+    """
+
+    def update(updates, state, params=None, **extra_args):
+        del params, extra_args
+        for path, leaf in _trees.named(updates):
+            bad = jnp.sum(~jnp.isfinite(leaf), dtype=jnp.int32)
+            checkify.debug_check(
+                bad == 0,
+                "check_finite: updates must be finite, got {bad} of {size} elements NaN "
+                f"or inf at {_escaped(path)}",
+                bad=bad,
+                size=jnp.int32(jnp.size(leaf)),
+            )
+        return updates, state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+
+
+def _escaped(path: str) -> str:
+    return path.replace("{", "{{").replace("}", "}}")
