@@ -10,6 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from optaxclip import _trees
+
 
 def check_number(value: Any, who: str, *, nan_allowed: bool = False) -> None:
     """Refuses what is not a number, or is negative or NaN, before anything runs.
@@ -52,7 +54,7 @@ def negated(value: Any, who: str) -> Any:
       TypeError: if the value is neither.
       ValueError: for a positive number or NaN.
     """
-    if callable(value):
+    if _trees.is_function(value):
         return lambda step: -value(step)
     function, argument = who.split(": ")
     if not _is_real(value):
@@ -65,7 +67,7 @@ def negated(value: Any, who: str) -> Any:
             f"{function}: {argument} must be <= 0, got {argument}={value!r}. The range "
             "must hold 0, or small updates would change sign."
         )
-    return -value
+    return jnp.negative(value) if isinstance(value, jax.Array) else -value
 
 
 def _is_real(value: Any) -> bool:

@@ -1,7 +1,7 @@
 """Which leaves of a pytree count, what they are called, how one tree covers another."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ class Counted(NamedTuple):
     arrays: list[jax.Array]
     indices: list[int]
     leaves: list[Any]
-    treedef: jax.tree_util.PyTreeDef
+    treedef: Any
 
     def replace(self, arrays: Sequence[jax.Array]) -> PyTree:
         """Returns the tree with other arrays, their dtypes and weak types kept."""
@@ -56,6 +56,11 @@ def counted(tree: PyTree) -> Counted:
     indices = [i for i, leaf in enumerate(leaves) if _is_inexact(leaf)]
     arrays = [jnp.asarray(leaves[i]) for i in indices]
     return Counted(arrays, indices, leaves, treedef)
+
+
+def is_function(node: Any) -> TypeGuard[Callable]:
+    """Whether a node is a function rather than a pytree that can be called."""
+    return callable(node) and jax.tree_util.all_leaves([node])
 
 
 def widest(*dtypes: Any) -> jnp.dtype:
@@ -129,6 +134,8 @@ def spread(prefix: PyTree, tree: PyTree, who: str, is_leaf: Callable | None = No
       ValueError: if a leaf of the tree has no value above it, or a value covers a
         place that does not exist; the message names the first such place.
     """
+    if not jax.tree.leaves(tree):
+        return tree
     try:
         return jax.tree.map(
             lambda value, part: jax.tree.map(lambda _: value, part),

@@ -94,8 +94,8 @@ def flax(path: str, leaf: Any) -> tuple[int, ...]:
       (0,)
     """  # noqa: E501
     rank = jnp.ndim(leaf)
-    names = [part for part in path.split("/") if part != "value"]
-    parent, name = ([""] + names)[-2:]
+    # NNX and boxed params keep an array one step below its name.
+    parent, name = ("/" + path.removesuffix("/value")).split("/")[-2:]
     if name == "kernel" and rank > 1:
         if rank == 3 and parent in ("query", "key", "value"):
             return (0,)
@@ -108,12 +108,12 @@ def flax(path: str, leaf: Any) -> tuple[int, ...]:
 def equinox(path: str, leaf: Any) -> tuple[int, ...]:
     """Chooses the axes of a unit in an Equinox model: the output axis comes first.
 
-    Reduces all axes but the first: rows of `Linear.weight` `(out, in)` and of the GRU
-    and LSTM cells, `(out, in, *window)` of convolutions, one token of an `Embedding`.
-    Leaves with at most one axis longer than 1 (biases, norms) are one unit.
+    Leaves named `weight...` reduce all axes but the first: rows of `Linear.weight`
+    `(out, in)` and of the GRU and LSTM cells, `(out, in, *window)` of convolutions, one
+    token of an `Embedding`. Any other leaf, and any vector, is one unit.
 
     Args:
-      path: name of the leaf; not used.
+      path: name of the leaf, `layers/0/weight`.
       leaf: anything with a shape.
 
     Returns:
@@ -125,11 +125,9 @@ def equinox(path: str, leaf: Any) -> tuple[int, ...]:
       >>> axes.equinox("layers/0/weight", jnp.zeros((10, 784)))
       (1,)
     """
-    del path
-    shape = jnp.shape(leaf)
-    if sum(size != 1 for size in shape) <= 1:
-        return tuple(range(len(shape)))
-    return tuple(range(1, len(shape)))
+    rank = jnp.ndim(leaf)
+    is_weight = path.split("/")[-1].startswith("weight")
+    return tuple(range(1 if is_weight and rank > 1 else 0, rank))
 
 
 def keras(variables: Sequence[Any]) -> list[tuple[int, ...]]:
@@ -228,7 +226,7 @@ def describe(params: Any, axis: Any = None) -> str:
     for (path, leaf), reduced in zip(_trees.named(params), chosen, strict=True):
         shape = tuple(jnp.shape(leaf))
         elements = math.prod(shape[i] for i in reduced)
-        units = math.prod(shape) // max(elements, 1)
+        units = math.prod(n for i, n in enumerate(shape) if i not in reduced)
         rows.append((path, str(shape), str(reduced), str(units), str(elements)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     left = "  ".join(f"{{:<{width}}}" for width in widths[:3])
@@ -252,8 +250,9 @@ def resolve(axis: Any, tree: Any, who: str) -> list[tuple[int, ...]]:
     if _is_axes(axis):
         specs = [axis] * len(leaves)
     else:
-        laid = _trees.spread(axis, _trees.only_counted(tree), who, is_leaf=_is_axes)
-        specs = jax.tree.leaves(laid, is_leaf=_is_axes)
+        cells = _trees.only_counted(tree)
+        laid = _trees.spread(axis, cells, who, is_leaf=_is_axes)
+        specs = jax.tree.structure(cells).flatten_up_to(laid)
     return [
         _of_leaf(spec, path, leaf, who)
         for spec, (path, leaf) in zip(specs, leaves, strict=True)
@@ -291,11 +290,11 @@ def _of_leaf(spec: Any, path: str, leaf: Any, who: str) -> tuple[int, ...]:
 def _is_axes(node: Any) -> bool:
     if isinstance(node, tuple):
         return all(isinstance(i, int) for i in node)
-    return node is None or isinstance(node, int) or callable(node)
+    return node is None or isinstance(node, int) or _trees.is_function(node)
 
 
 def _keras(path: str, rank: int) -> tuple[int, ...]:
-    layer, name = ([""] + path.split("/"))[-2:]
+    layer, name = ("/" + path).split("/")[-2:]
     if rank > 1 and name.endswith("kernel"):
         if rank == 3 and layer in ("query", "key", "value"):
             return (0,)

@@ -7,9 +7,9 @@ A bound is to magnitudes what a gradient transformation is to updates:
     state = learn(new_magnitudes)
 
 `limits` broadcast against the magnitudes cell by cell. `own(who)` measures the
-parameters in the same scope; only a bound that calls it needs params. `learn` runs after the
-shape, so a bound may learn from what was seen, what was kept, or both. The state has
-the structure, shapes and dtypes that `init` gives, always, and is
+parameters in the same scope; only a bound that calls it needs params. `learn` runs
+after the shape, so a bound may learn from what was seen, what was kept, or both. The
+state has the structure, shapes and dtypes that `init` gives, always, and is
 `optax.EmptyState` for a bound that learns nothing: such a clip accepts `state=None`.
 
 Wherever a clip takes a bound it takes
@@ -32,6 +32,7 @@ import optax
 
 from optaxclip import _trees
 from optaxclip._checks import check_number
+from optaxclip._numerics import quotient
 from optaxclip.records import Record
 
 PyTree = Any
@@ -59,7 +60,7 @@ BoundLike = jax.typing.ArrayLike | optax.Schedule | Bound | PyTree
 class ScheduleState(NamedTuple):
     """State of a scheduled bound."""
 
-    count: jax.Array  # shape=(), dtype=jnp.int32
+    step: jax.Array  # shape=(), dtype=jnp.int32
 
 
 def of(value: BoundLike, who: str = "bounds.of: value") -> Bound:
@@ -84,7 +85,7 @@ def of(value: BoundLike, who: str = "bounds.of: value") -> Bound:
     """  # noqa: E501
     if isinstance(value, Bound):
         return value
-    if callable(value):
+    if _trees.is_function(value):
         return schedule(value, who)
     leaves = jax.tree.leaves(value, is_leaf=_is_rule)
     if any(map(_is_rule, leaves)):
@@ -156,12 +157,12 @@ def schedule(
 
     def init(magnitudes):
         del magnitudes
-        return ScheduleState(count=jnp.zeros((), jnp.int32))
+        return ScheduleState(step=jnp.zeros((), jnp.int32))
 
     def limit(state, magnitudes, own):
         del own
-        limits = _limits(value(state.count), magnitudes, who)
-        following = ScheduleState(count=optax.safe_increment(state.count))
+        limits = _limits(value(state.step), magnitudes, who)
+        following = ScheduleState(step=jnp.asarray(optax.safe_increment(state.step)))
         return limits, lambda kept: following
 
     return Bound(init, limit)
@@ -211,7 +212,9 @@ def relative(
         sizes = jax.tree.map(lambda m: jnp.maximum(m, _cast(floor, m)), own(function))
         shares = jax.tree.map(_share, magnitudes, sizes)
         limits, learn = inner.limit(state, shares, own)
-        limits = jax.tree.map(lambda r, s: jnp.where(r == jnp.inf, r, r * s), limits, sizes)
+        limits = jax.tree.map(
+            lambda r, s: jnp.where(r == jnp.inf, r, r * s), limits, sizes
+        )
         return limits, lambda kept: learn(jax.tree.map(_share, kept, sizes))
 
     return Bound(inner.init, limit)
@@ -243,10 +246,10 @@ def at_most(*values: BoundLike) -> Bound:
 
 
 def at_least(*values: BoundLike) -> Bound:
-    """Makes the bound that is the largest of several, for instance a learned one
-    that is not to fall below a number.
+    """Makes the bound that is the largest of several.
 
-    Each sees what it sees alone, and learns from what all of them together kept.
+    For instance a learned one that is not to fall below a number. Each sees what it
+    sees alone, and learns from what all of them together kept.
 
     Args:
       *values: numbers, schedules, bounds, or pytree prefixes of these.
@@ -296,6 +299,8 @@ def parts(values: PyTree, who: str = "bounds.parts: values") -> Bound:
     rules = [of(rule, who) for rule in rules]
 
     def split(magnitudes):
+        if not jax.tree.leaves(magnitudes):
+            return [magnitudes for _ in rules]
         _trees.spread(treedef.unflatten(range(len(rules))), magnitudes, who)
         return treedef.flatten_up_to(magnitudes)
 
@@ -317,7 +322,8 @@ def parts(values: PyTree, who: str = "bounds.parts: values") -> Bound:
             pairs = zip(learners, split(kept), strict=True)
             return _joined([learn(part) for learn, part in pairs])
 
-        return treedef.unflatten(limits), learn_all
+        laid = treedef.unflatten(limits) if jax.tree.leaves(magnitudes) else magnitudes
+        return laid, learn_all
 
     return Bound(init, limit)
 
@@ -367,7 +373,9 @@ def recorded(bound: BoundLike) -> Bound:
 def _combination(choose: Callable, values: tuple[BoundLike, ...], who: str) -> Bound:
     if not values:
         function, argument = who.split(": ")
-        raise ValueError(f"{function}: {argument} must not be empty. Pass at least one.")
+        raise ValueError(
+            f"{function}: {argument} must not be empty. Pass at least one."
+        )
     rules = [of(value, who) for value in values]
 
     def init(magnitudes):
@@ -398,7 +406,7 @@ def _each(state: PyTree, count: int) -> list[PyTree]:
 
 
 def _is_rule(node: Any) -> bool:
-    return isinstance(node, Bound) or callable(node)
+    return isinstance(node, Bound) or _trees.is_function(node)
 
 
 def _limits(value: PyTree, magnitudes: PyTree, who: str) -> PyTree:
@@ -424,4 +432,4 @@ def _cast(number: jax.typing.ArrayLike, like: jax.Array) -> jax.Array:
 
 
 def _share(magnitude: jax.Array, size: jax.Array) -> jax.Array:
-    return magnitude / jnp.where(size > 0, size, jnp.ones_like(size))
+    return quotient(magnitude, jnp.where(size > 0, size, 1))

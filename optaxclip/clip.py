@@ -1,7 +1,6 @@
 """The composer: scope x bound x shape makes a gradient transformation."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp

@@ -23,13 +23,15 @@ from jax import lax
 
 from optaxclip import _trees
 from optaxclip import axes as axes_
+from optaxclip._numerics import quotient
 
-# Above this size a power-of-two scale of its own is made for each array: XLA:CPU writes
-# out the broadcast of a scalar that several arrays of one shape share.
+# Larger arrays are summed without a scale in the first pass, for the multiplication by
+# it costs XLA:CPU a third more, and have a scale of their own in the others, for it
+# writes out the broadcast of a scalar that arrays of one shape share.
 _SMALL = 2**14
 # So many scalars are added in one kernel. XLA:CPU's fusion takes cubic time in the
 # number of reductions that feed one sum (58 s instead of 4 s for 3,000 leaves).
-_FAN_IN = 64
+_FAN_IN = 128
 
 
 def tree_norm(tree: Any, ord: float | str | None = None) -> jax.Array:
@@ -98,9 +100,9 @@ def unitwise_norm(
 def check_ord(ord: Any, who: str) -> float | str:
     """Returns the order as a float or "rms", or refuses it."""
     rule = "must be None, 1, 2, inf, any p > 0 or 'rms'"
-    if isinstance(ord, jax.core.Tracer):
+    if isinstance(ord, jax.Array):
         raise TypeError(
-            f"{who}: ord {rule}, got a traced value. It is static: with "
+            f"{who}: ord {rule}, got an array. It is static: with "
             "inject_hyperparams, name it in static_args."
         )
     if ord is None:
@@ -144,20 +146,14 @@ def measure(
     static_axes = (None,) * len(arrays) if axes is None else tuple(axes)
     each = [(i,) for i in range(len(arrays))]
     static_groups = tuple(map(tuple, each if groups is None else groups))
-    p = 2.0 if isinstance(ord, str) else ord
-    found = _norms(tuple(arrays), static_axes, static_groups, p)
-    if ord == "rms":
-        sizes = _cell_sizes(arrays, static_axes, static_groups)
-        found = [n / math.sqrt(max(size, 1)) for n, size in zip(found, sizes)]
-    return list(found)
+    return list(_jitted_norms(tuple(arrays), static_axes, static_groups, ord))
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3), inline=True)
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
 def _norms(arrays, axes, groups, p):
     arrays = _widened(arrays, groups)
-    if p == 2:
-        return _euclidean(arrays, axes, groups)
+    if p in (2, "rms"):
+        return _euclidean(arrays, axes, groups, mean=p == "rms")
     moduli = [jnp.abs(x) for x in arrays]
     if p == 1:
         return _joined([_sum(m, a) for m, a in zip(moduli, axes)], groups, _total)
@@ -174,7 +170,7 @@ def _norms(arrays, axes, groups, p):
     ]
 
 
-@_norms.__wrapped__.defjvp
+@_norms.defjvp
 def _norms_jvp(axes, groups, p, primals, tangents):
     (arrays,), (tangents,) = primals, tangents
     found = _norms(arrays, axes, groups, p)
@@ -183,30 +179,39 @@ def _norms_jvp(axes, groups, p, primals, tangents):
     for x, dx, n, a in zip(arrays, tangents, norms, axes):
         x, dx = (t.astype(_trees.widened(t.dtype, n.dtype)) for t in (x, dx))
         safe = jnp.where(n > 0, n, 1)
-        if p == 2:
-            slope = jnp.where(n > 0, x / safe, 0)
+        if p in (2, "rms"):
+            slope = jnp.where(n > 0, quotient(x, safe), 0)
         elif p == math.inf:
             slope = jnp.where(jnp.abs(x) == n, jnp.sign(x), 0)
             ties.append(_sum((jnp.abs(x) == n).astype(n.dtype), a))
         else:
             modulus = jnp.where(x != 0, jnp.abs(x), safe)
-            slope = jnp.sign(x) * (modulus / safe) ** (p - 1)
+            slope = jnp.sign(x) * quotient(modulus, safe) ** (p - 1)
         changes.append(_sum((jnp.conj(slope) * dx).real, a))
     changes = _joined(changes, groups, _total)
+    if p == "rms":
+        sizes = _cell_sizes(arrays, axes, groups)
+        changes = [c / max(size, 1) for c, size in zip(changes, sizes)]
     if ties:  # moduli that tie for the largest share the derivative
         ties = _joined(ties, groups, _total)
         changes = [c / jnp.maximum(t, 1) for c, t in zip(changes, ties)]
     return found, changes
 
 
-def _euclidean(arrays, axes, groups):
+# Outside of jit too, a norm is one compiled call.
+_jitted_norms = jax.jit(_norms, static_argnums=(1, 2, 3), inline=True)
+
+
+def _euclidean(arrays, axes, groups, mean):
     """Sums the squares once, and again scaled by a power of two if a cell needs it."""
     if not arrays:
         return [jnp.zeros((), jnp.float32) for _ in groups]
+    # A constant leaf must not be seen as one: XLA would square it and the scale apart.
+    arrays = lax.optimization_barrier(arrays)
     start = [_unmeasured(arrays, axes, group) for group in groups]
     dtypes = {n.dtype for n in start}
-    size = max(_cell_sizes(arrays, axes, groups))
-    safe = {dtype: _safe_range(dtype, size) for dtype in dtypes}
+    sizes = _cell_sizes(arrays, axes, groups)
+    safe = {dtype: _safe_range(dtype, max(sizes)) for dtype in dtypes}
 
     def run(carry):
         # Pass 0 measures as is, 1 scales down for overflow, 2 scales up for underflow.
@@ -219,7 +224,9 @@ def _euclidean(arrays, axes, groups):
             )
             for dtype, (lo, hi) in safe.items()
         }
-        sums = _joined(_squares(arrays, axes, scales), groups, _total)
+        sums = _joined(_squares(arrays, axes, scales, this), groups, _total)
+        if mean:
+            sums = [s / max(size, 1) for s, size in zip(sums, sizes)]
         norms, large, small = [], [], []
         for s, old in zip(sums, found, strict=True):
             low, high = renewed[s.dtype]
@@ -251,28 +258,37 @@ def _power_of_two(dtype, this):
     return jnp.where(this == 0, 1, jnp.where(this == 1, down, up)).astype(dtype)
 
 
-def _squares(arrays, axes, scales):
+def _squares(arrays, axes, scales, this):
     """Sums `|scale * x|^2` over the axes of each array."""
-    large = [x.real.dtype for x in arrays if x.size > _SMALL]
-    own = iter(lax.optimization_barrier([scales[dtype] for dtype in large]))
     shared: dict[Any, jax.Array] = {}
-    sums = []
-    for x, a in zip(arrays, axes, strict=True):
-        dtype = x.real.dtype
-        if x.size > _SMALL:
-            scale = next(own)
-        else:
-            like = jax.typeof(x)
+    sums: list[Any] = [None] * len(arrays)
+    for i, x in enumerate(arrays):
+        like = jax.typeof(x)
+        if x.size <= _SMALL:
             if like not in shared:
-                shared[like] = lax.full_like(x, scales[dtype], dtype)
-            scale = shared[like]
-        if jnp.iscomplexobj(x):
-            parts = x.real * scale, x.imag * scale
-            sums.append(_sum(parts[0] * parts[0] + parts[1] * parts[1], a))
-        else:
-            y = x * scale
-            sums.append(_sum(y * y, a))
+                shared[like] = lax.full_like(x, scales[x.real.dtype], x.real.dtype)
+            sums[i] = _square_sum(x, axes[i], shared[like])
+    large = [i for i, x in enumerate(arrays) if x.size > _SMALL]
+
+    def plain(xs):
+        return [_square_sum(x, axes[i]) for x, i in zip(xs, large)]
+
+    def scaled(xs):
+        own = lax.optimization_barrier([scales[x.real.dtype] for x in xs])
+        return [_square_sum(x, axes[i], s) for x, i, s in zip(xs, large, own)]
+
+    if large:
+        measured = lax.cond(this == 0, plain, scaled, [arrays[i] for i in large])
+        for i, s in zip(large, measured):
+            sums[i] = s
     return sums
+
+
+def _square_sum(x, axis, scale=None):
+    parts = (x.real, x.imag) if jnp.iscomplexobj(x) else (x,)
+    if scale is not None:
+        parts = [part * scale for part in parts]
+    return _sum(functools.reduce(jnp.add, [part * part for part in parts]), axis)
 
 
 def _widened(arrays, groups):

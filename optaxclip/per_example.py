@@ -1,4 +1,4 @@
-"""Clipping the gradient of every example of a batch, then summing: optax's two functions.
+"""Clipping the gradient of every example of a batch, then summing: as optax does.
 
 Nothing here claims differential privacy: for that see the jax-privacy library.
 """
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from optaxclip import _trees, norms
 from optaxclip._checks import check_number
+from optaxclip._numerics import quotient
 
 PyTree = Any
 
@@ -126,7 +127,7 @@ def _clipped_sum(leaves, limit) -> tuple[list[jax.Array], jax.Array]:
     seen = jax.vmap(measure)(leaves)
     limit = jnp.maximum(jnp.asarray(limit).astype(seen.dtype), 0)
     alone = (seen <= limit) | (limit == jnp.inf)
-    factor = limit / jnp.where(alone, jnp.ones_like(seen), seen)
+    factor = quotient(limit, jnp.where(alone, 1, seen))
     factor = jnp.where(alone, 1, jnp.where(jnp.isfinite(seen), factor, jnp.nan))
     sums = []
     for leaf in leaves:

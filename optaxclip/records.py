@@ -14,7 +14,8 @@ class Record(NamedTuple):
 
     The structure is fixed from `init` on, so a record can be carried through
     `lax.scan`, `optax.MultiSteps` and checkpoints. Before the first step `norm` and
-    `limit` are 0.
+    `limit` are 0. With scopes finer than a group these have the structure of the
+    params, so `optax.tree_map_params` takes them for slots of params.
 
     Attributes:
       norm: in the structure of the magnitudes, the largest magnitude of each array:
@@ -45,6 +46,7 @@ class Record(NamedTuple):
 
         def zero(magnitude):
             return jnp.zeros((), magnitude.dtype)
+
         return cls(
             norm=jax.tree.map(zero, magnitudes),
             limit=jax.tree.map(zero, magnitudes),
@@ -78,7 +80,7 @@ class Record(NamedTuple):
             limit=jax.tree.map(_limit_of_largest, magnitudes, limits),
             scale=scale,
             clipped=clipped / max(count, 1),
-            steps=optax.safe_increment(self.steps),
+            steps=_count(self.steps, jnp.array(True)),
             clipped_steps=_count(self.clipped_steps, clipped > 0),
             nonfinite_steps=_count(self.nonfinite_steps, ~finite),
             bound=bound,
@@ -104,8 +106,9 @@ def records(opt_state: PyTree) -> list[Record]:
       >>> print({k: float(n) for k, n in record.norm.items()}, float(record.clipped))
       {'b': 0.5, 'w': 5.0} 0.5
     """
-    leaves = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, Record))
-    return [leaf for leaf in leaves if isinstance(leaf, Record)]
+    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, Record))
+    found = [node for node in nodes if isinstance(node, Record)]
+    return [r for record in found for r in (record, *records(record.bound))]
 
 
 def _largest(magnitude: jax.Array) -> jax.Array:

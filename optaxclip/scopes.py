@@ -19,6 +19,7 @@ for bit as they went in. The other laws every scope obeys:
 * derivatives are finite, and right wherever the norm has one.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ from jax import lax
 
 from optaxclip import _trees, axes, norms
 from optaxclip._checks import check_number
+from optaxclip._numerics import quotient
 
 PyTree = Any
 Rebuild = Callable[[PyTree, PyTree], PyTree]
@@ -185,7 +187,14 @@ def leaf(ord: float | str | None = None) -> Scope:
         del norm
         part = _trees.counted(updates)
         seen = norms.measure(part.arrays, ord=ord)
-        return part.cells(seen), _rescaling(part, seen, part.values)
+
+        def rebuild(kept, alone):
+            cells = zip(seen, part.values(kept), part.values(alone), strict=True)
+            terms = [_terms(*cell) for cell in cells]
+            pairs = zip(part.arrays, terms, strict=True)
+            return part.replace([_precisely(u, *t) for u, t in pairs])
+
+        return part.cells(seen), rebuild
 
     return Scope(split)
 
@@ -210,7 +219,7 @@ def group(
     Examples:
       >>> import jax.numpy as jnp
       >>> from optaxclip import scopes
-      >>> updates = {"a": jnp.array([3.0]), "b": jnp.array([4.0]), "c": jnp.array([1.0])}
+      >>> updates = {"a": jnp.array([3.0]), "b": jnp.array([4.0]), "c": jnp.ones(1)}
       >>> labels = {"a": "hidden", "b": "hidden", "c": "output"}
       >>> magnitudes, _ = scopes.group(labels).split(updates, None)
       >>> print({label: float(m) for label, m in magnitudes.items()})
@@ -221,7 +230,7 @@ def group(
     def split(updates, norm):
         del norm
         part = _trees.counted(updates)
-        tree = labels(updates) if callable(labels) else labels
+        tree = labels(updates) if _trees.is_function(labels) else labels
         cells = _trees.only_counted(updates)
         label_of = jax.tree.leaves(_trees.spread(tree, cells, "scopes.group: labels"))
         names = sorted(set(jax.tree.leaves(tree)))
@@ -295,7 +304,9 @@ def _modulus(u: jax.Array) -> jax.Array:
 def _turn(u, seen, kept, alone):
     """Gives each element its new modulus; an inf takes it with the sign it has."""
     if jnp.iscomplexobj(u):
-        return jnp.where(alone, u, u * _factor(seen, kept, alone).astype(u.dtype))
+        return jnp.where(
+            alone, u, u * quotient(*_terms(seen, kept, alone)).astype(u.dtype)
+        )
     wide = u.astype(seen.dtype)
     return jnp.where(alone, u, jnp.copysign(kept, wide).astype(u.dtype))
 
@@ -321,7 +332,7 @@ def _rescaling(
 
     def rebuild(kept, alone):
         cells = zip(seen, listed(kept), listed(alone), strict=True)
-        factors = [_factor(*cell) for cell in cells]
+        factors = [quotient(*_terms(*cell)) for cell in cells]
         still = [factor == 1 for factor in factors]
         spread: dict[Any, jax.Array] = {}
         new = []
@@ -343,14 +354,38 @@ def _rescaling(
     return rebuild
 
 
-def _factor(seen: jax.Array, kept: jax.Array, alone: jax.Array) -> jax.Array:
-    """What takes a magnitude to its new one: 1 if alone, NaN if not finite, never inf.
+def _terms(seen: jax.Array, kept: jax.Array, alone: jax.Array):
+    """What multiplies and what divides a cell: 1 if alone, NaN if not finite.
 
-    The division comes last: XLA computes a quotient once, but would repeat whatever
-    follows it in the kernel of every leaf.
+    Their quotient is left to the last: XLA computes it once, but would repeat whatever
+    follows it in the kernel of every leaf. Neither it nor its inverse overflows.
     """
     one = jnp.ones_like(seen)
     new = jnp.where(alone, one, jnp.where(jnp.isfinite(seen), kept, jnp.nan))
-    largest = jnp.finfo(seen.dtype).max
+    largest = jnp.finfo(seen.dtype).max / 8
     old = jnp.where(seen > 0, jnp.maximum(seen, kept / largest), one)
-    return new / jnp.where(alone, one, old)
+    return new, jnp.where(alone, one, old)
+
+
+def _precisely(u: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
+    """Returns `u * new / old` for an array that is a cell of its own.
+
+    A factor of one float carries its rounding into every element and so into the norm.
+    This one has two parts, `high` of half the digits, so that its products are exact,
+    and `low`, what it leaves. A division would be as exact, but XLA writes the quotient
+    of an array to memory before it is used twice.
+    """
+    info = jnp.finfo(old.dtype)
+    halved = functools.partial(
+        lax.reduce_precision, exponent_bits=info.nexp, mantissa_bits=info.nmant // 2
+    )
+    factor = quotient(new, old)
+    high, head = halved(factor), halved(old)
+    low = quotient((new - high * head) - high * (old - head), old)
+    vanishing = factor < info.smallest_normal / info.eps**3  # low would underflow
+    high, low = jnp.where(vanishing, factor, high), jnp.where(vanishing, 0, low)
+    dtype = _trees.widened(u.dtype, _trees.widest(u.dtype, old.dtype))
+    high, low = (lax.full_like(u, part.astype(dtype), dtype) for part in (high, low))
+    wide = u.astype(dtype)
+    scaled = (wide * high + wide * low).astype(u.dtype)
+    return lax.select(new == old, u, scaled)

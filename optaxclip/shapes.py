@@ -22,6 +22,8 @@ broadcast, both >= 0. It never sees a tree. All are continuous but `drop`, and a
 import jax
 import jax.numpy as jnp
 
+from optaxclip._numerics import quotient
+
 
 def hard(magnitude: jax.Array, limit: jax.Array) -> jax.Array:
     """Cuts a magnitude at its limit: `min(m, c)`.
@@ -70,11 +72,13 @@ def rational(magnitude: jax.Array, limit: jax.Array) -> jax.Array:
       https://arxiv.org/abs/1905.11881
     """
     smaller, ratio = _ordered(magnitude, limit)
-    return smaller / (1 + ratio)
+    return quotient(smaller, 1 + ratio)
 
 
 def sqrt(magnitude: jax.Array, limit: jax.Array) -> jax.Array:
-    """Shrinks every magnitude smoothly: `m / sqrt(1 + (m / c)^2)`.
+    """Shrinks every magnitude smoothly, as the sides of a right triangle.
+
+    `m / sqrt(1 + (m / c)^2)`.
 
     Args:
       magnitude: m >= 0.
@@ -98,7 +102,9 @@ def sqrt(magnitude: jax.Array, limit: jax.Array) -> jax.Array:
 
 
 def tanh(magnitude: jax.Array, limit: jax.Array) -> jax.Array:
-    """Shrinks every magnitude smoothly: `c tanh(m / c)`.
+    """Shrinks every magnitude smoothly, the small ones hardly.
+
+    `c tanh(m / c)`.
 
     Args:
       magnitude: m >= 0.
@@ -115,7 +121,8 @@ def tanh(magnitude: jax.Array, limit: jax.Array) -> jax.Array:
     """
     positive = jnp.where(limit > 0, limit, jnp.ones_like(limit))
     tiny = jnp.finfo(jnp.result_type(magnitude)).eps ** 0.5
-    bent = limit * jnp.tanh(magnitude / positive)
+    # Beyond 30 limits tanh is 1 to the last bit, and the quotient may not exist.
+    bent = limit * jnp.tanh(quotient(jnp.minimum(magnitude, 30 * positive), positive))
     return jnp.where(magnitude < limit * tiny, magnitude, bent)
 
 
@@ -182,7 +189,9 @@ def floor(magnitude: jax.Array, limit: jax.Array) -> jax.Array:
     References:
       AdaNorm: Dubey, Singh, Chaudhuri, 2022, https://arxiv.org/abs/2210.06364
     """
-    return jnp.where(magnitude > 0, jnp.maximum(magnitude, limit), magnitude + 0 * limit)
+    return jnp.where(
+        magnitude > 0, jnp.maximum(magnitude, limit), magnitude + 0 * limit
+    )
 
 
 def reciprocal(
@@ -212,7 +221,7 @@ def reciprocal(
     """
     room = limit - centre
     excess = jnp.where(magnitude > limit, magnitude - centre, jnp.ones_like(magnitude))
-    fallen = centre + room * (room / excess)
+    fallen = centre + room * quotient(room, excess)
     fallen = jnp.where(magnitude > limit, fallen, jnp.nan).astype(magnitude.dtype)
     return jnp.where(magnitude <= limit, magnitude, fallen)
 
@@ -221,4 +230,4 @@ def _ordered(magnitude: jax.Array, limit: jax.Array) -> tuple[jax.Array, jax.Arr
     """Returns the smaller of both and its ratio to the larger, 0 if both are 0."""
     smaller = jnp.minimum(magnitude, limit)
     larger = jnp.maximum(magnitude, limit)
-    return smaller, smaller / jnp.where(larger > 0, larger, jnp.ones_like(larger))
+    return smaller, quotient(smaller, jnp.where(larger > 0, larger, 1))

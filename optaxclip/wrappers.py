@@ -31,7 +31,8 @@ def zero_nonfinite() -> optax.GradientTransformationExtraArgs:
 
     Examples:
       >>> import jax.numpy as jnp, optax, optaxclip
-      >>> tx = optax.chain(optaxclip.zero_nonfinite(), optaxclip.clip_by_global_norm(1.0))
+      >>> clip = optaxclip.clip_by_global_norm(1.0)
+      >>> tx = optax.chain(optaxclip.zero_nonfinite(), clip)
       >>> updates = jnp.array([3.0, jnp.nan, 4.0, jnp.inf])
       >>> clipped, state = tx.update(updates, tx.init(updates))
       >>> print(clipped.round(3), state[0].zeroed)
@@ -67,7 +68,8 @@ def check_finite() -> optax.GradientTransformationExtraArgs:
 
     PyTorch's `error_if_nonfinite` for JAX. It checks only in a function that is
     transformed by `jax.experimental.checkify.checkify` and is not there otherwise, so
-    it may stay in the chain of a production run.
+    it may stay in the chain of a production run. JAX's checkify refuses a vmapped
+    `while_loop`, which a norm is: around a vmapped clip by norm use `jax.lax.map`.
 
     Returns:
       A transformation without state that gives back the updates as they are.
@@ -77,7 +79,8 @@ def check_finite() -> optax.GradientTransformationExtraArgs:
       >>> from jax.experimental import checkify
       >>> tx = optaxclip.check_finite()
       >>> update = lambda updates: tx.update(updates, tx.init(updates))[0]
-      >>> error, _ = jax.jit(checkify.checkify(update))({"w": jnp.array([1.0, jnp.nan])})
+      >>> checked = jax.jit(checkify.checkify(update))
+      >>> error, _ = checked({"w": jnp.array([1.0, jnp.nan])})
       >>> print(error.get().split(" (")[0])
       check_finite: updates must be finite, got 1 of 2 elements NaN or inf at w
     """
@@ -88,8 +91,8 @@ def check_finite() -> optax.GradientTransformationExtraArgs:
             bad = jnp.sum(~jnp.isfinite(leaf), dtype=jnp.int32)
             checkify.debug_check(
                 bad == 0,
-                "check_finite: updates must be finite, got {bad} of {size} elements NaN "
-                f"or inf at {_escaped(path)}",
+                "check_finite: updates must be finite, got {bad} of {size} elements "
+                f"NaN or inf at {_escaped(path)}",
                 bad=bad,
                 size=jnp.int32(jnp.size(leaf)),
             )

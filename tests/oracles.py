@@ -39,9 +39,7 @@ def units(x, ord=2):
 
 
 def agc_ratio(update, param, eps=1e-3):
-    return [
-        u / max(p, eps) for u, p in zip(units(update), units(param), strict=True)
-    ]
+    return [u / max(p, eps) for u, p in zip(units(update), units(param), strict=True)]
 
 
 def new_magnitude(shape, m, c):

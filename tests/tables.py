@@ -61,16 +61,13 @@ def labels(updates):
 def _groups(updates, params, ord=2):
     names = {label(name) for name in updates}
     return [
-        norm([u for name, u in updates.items() if label(name) == n], ord)
-        for n in names
+        norm([u for name, u in updates.items() if label(name) == n], ord) for n in names
     ]
 
 
 def _agc(updates, params):
     return [
-        ratio
-        for name in updates
-        for ratio in agc_ratio(updates[name], params[name])
+        ratio for name in updates for ratio in agc_ratio(updates[name], params[name])
     ]
 
 
@@ -145,8 +142,12 @@ CASES = [
             ),
             ("global", optaxclip.clip_by_global_norm, _tree),
         ]
-        for ord in (None, 1, math.inf, 3, "rms")
-        if (scope, ord) != ("global", None)
+        for ord in {
+            "leaf": (None, 1, math.inf, 3, "rms"),
+            "unit": (None, math.inf),
+            "group": (None, "rms"),
+            "global": (1, math.inf, 3, "rms"),
+        }[scope]
     ],
     *[
         _row(

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 from oracles import new_magnitude, wide
-from tables import BY_NAME, CASES, HARD, applied, eps, tree
+from tables import BY_NAME, CASES, HARD, applied, eps, label, tree
 
 import optaxclip
 
@@ -20,14 +20,10 @@ every_hard = pytest.mark.parametrize("case", HARD, ids=lambda case: case.name)
 
 RANGES = [
     (jnp.float32, 1e-30),
-    (jnp.float32, 1e-20),
     (jnp.float32, 1.0),
-    (jnp.float32, 1e20),
     (jnp.float32, 1e30),
     (jnp.bfloat16, 1e-30),
     (jnp.bfloat16, 1.0),
-    (jnp.bfloat16, 1e30),
-    (jnp.float16, 1e-2),
     (jnp.float16, 1e3),
     (jnp.float8_e5m2, 1.0),
     (jnp.complex64, 1e-20),
@@ -128,8 +124,9 @@ def test_a_cell_that_is_not_finite_does_not_touch_the_others(case):
             assert np.isnan(np.asarray(leaf)).all()
         return
     want, got = applied(tx, clean, params), applied(tx, dirty, params)
-    same = [n for n in clean if n != "vector" and len(n) % 2 == 1 or "group" not in
-            case.name and n != "vector"]
+    same = set(clean) - {"vector"}
+    if "group" in case.name:
+        same -= {n for n in clean if label(n) == label("vector")}
     assert same
     for name in same:
         bitwise(got[name], want[name])
@@ -176,9 +173,16 @@ def test_a_traced_negative_limit_is_zero_and_nan_is_loud(case):
 
 @every
 @pytest.mark.parametrize(
-    "bad, error", [(-1.0, ValueError), (math.nan, ValueError), (np.float32(-2), ValueError),
-                   (True, TypeError), ("1.0", TypeError), (None, TypeError),
-                   (1j, TypeError)],
+    "bad, error",
+    [
+        (-1.0, ValueError),
+        (math.nan, ValueError),
+        (np.float32(-2), ValueError),
+        (True, TypeError),
+        ("1.0", TypeError),
+        (None, TypeError),
+        (1j, TypeError),
+    ],
 )
 def test_a_bad_limit_is_refused_at_construction(case, bad, error):
     with pytest.raises(error) as caught:
@@ -359,7 +363,9 @@ def test_scaling_updates_and_limit_scales_the_result(case):
 @every
 def test_order_and_names_of_leaves_do_not_matter(case):
     updates, params = tree(jnp.float32, 3.0), tree(jnp.float32, seed=1)
-    names = dict(zip(sorted(updates), ("zz", "yyyy", "xx", "ww", "vvvvvv"), strict=True))
+    names = dict(
+        zip(sorted(updates), ("zz", "yyyy", "xx", "ww", "vvvvvv"), strict=True)
+    )
     names = {old: new + "_" * (len(old) % 2) for old, new in names.items()}
     rename = lambda t: {names[n]: leaf for n, leaf in t.items()}
     tx = case.make(0.5)
@@ -372,14 +378,25 @@ def test_order_and_names_of_leaves_do_not_matter(case):
 def test_derivatives_are_finite_at_zero(case):
     params = tree(jnp.float32, seed=1)
     zeros = jax.tree.map(jnp.zeros_like, params)
-    tx = case.make(0.5)
-    run = lambda u, p, c: case.make(c).update(u, case.make(c).init(u), p)[0]
+    run = jax.jit(lambda u, p, c: case.make(c).update(u, case.make(c).init(u), p)[0])
     tangent = jax.tree.map(jnp.ones_like, params)
     _, forward = jax.jvp(run, (zeros, zeros, 0.5), (tangent, tangent, 1.0))
     _, pull = jax.vjp(run, zeros, zeros, 0.5)
     for leaf in jax.tree.leaves((forward, pull(tangent))):
         assert np.isfinite(np.asarray(leaf)).all()
-    del tx
+
+
+@every
+@pytest.mark.parametrize("magnitude", [1e-30, 3e30])
+def test_derivatives_are_finite_at_the_ends_of_the_range(case, magnitude):
+    updates, params = tree(jnp.float32, magnitude), tree(jnp.float32, seed=1)
+    limit = jnp.float32(magnitude / 2)
+    run = jax.jit(
+        lambda u: case.make(limit).update(u, case.make(limit).init(u), params)[0]
+    )
+    _, pull = jax.vjp(run, updates)
+    for leaf in jax.tree.leaves(pull(jax.tree.map(jnp.ones_like, updates))):
+        assert np.isfinite(np.asarray(leaf)).all()
 
 
 @every
@@ -387,7 +404,9 @@ def test_derivatives_are_those_of_finite_differences(case):
     with jax.enable_x64(True):
         updates = {n: jnp.asarray(wide(u)) for n, u in tree(jnp.float32, 2.0).items()}
         params = {n: jnp.asarray(wide(u)) for n, u in tree(jnp.float32, 1.0, 1).items()}
-        direction = {n: jnp.asarray(wide(u)) for n, u in tree(jnp.float32, 1, 2).items()}
+        direction = {
+            n: jnp.asarray(wide(u)) for n, u in tree(jnp.float32, 1, 2).items()
+        }
 
         def run(t):
             moved = jax.tree.map(lambda u, d: u + t * d, updates, direction)
@@ -399,7 +418,9 @@ def test_derivatives_are_those_of_finite_differences(case):
         for name in updates:
             numeric = (np.asarray(run(h)[name]) - np.asarray(run(-h)[name])) / (2 * h)
             np.testing.assert_allclose(slope[name], numeric, rtol=1e-6, atol=1e-7)
-            np.testing.assert_allclose(reverse[name], slope[name], rtol=1e-9, atol=1e-12)
+            np.testing.assert_allclose(
+                reverse[name], slope[name], rtol=1e-9, atol=1e-12
+            )
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.twin], ids=lambda c: c.name)

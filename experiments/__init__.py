@@ -1,0 +1,1 @@
+"""Experiments that show what clipping does: `python -m experiments --help`."""

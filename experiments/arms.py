@@ -1,0 +1,78 @@
+"""Arms: what an experiment compares, pairs of a learning rate and a clip.
+
+Arms whose clips are of one kind, differing in the threshold only, run side by side in
+one compiled program, in which learning rate and threshold are arrays. "No clip" is a
+threshold of inf, and so runs beside the clips by global norm.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import clips
+
+Curves = Mapping[str, np.ndarray]
+
+
+class Arm(NamedTuple):
+    """A learning rate and a clip."""
+
+    lr: float
+    clip: clips.Clip
+
+
+class Knobs(NamedTuple):
+    """In what arms of one kind differ: shape () in a run, (arms,) side by side."""
+
+    lr: jax.Array
+    threshold: jax.Array
+
+
+def grid(lrs: Sequence[float], specs: Sequence[str]) -> list[Arm]:
+    """Returns every pair of a learning rate and a clip."""
+    return [Arm(lr, clips.parse(spec)) for lr in lrs for spec in specs]
+
+
+def by_kind(arms: Sequence[Arm]) -> list[list[int]]:
+    """Returns the positions of arms that can run side by side, kind by kind."""
+    kinds: dict[tuple[Any, ...], list[int]] = {}
+    for position, arm in enumerate(arms):
+        kinds.setdefault(arm.clip.kind, []).append(position)
+    return list(kinds.values())
+
+
+def run(
+    arms: Sequence[Arm], run_kind: Callable[[clips.Clip, Knobs], Curves]
+) -> tuple[Curves, list[float]]:
+    """Runs all arms, kind after kind.
+
+    Args:
+      arms: what is compared.
+      run_kind: takes a clip of the kind and knobs of shape (arms,), and returns arrays
+        of shape (arms, ...).
+
+    Returns:
+      The arrays for all arms, in their order, and the seconds of each arm: those of its
+      program, compilation included, divided by the arms in it.
+    """
+    found: dict[int, Curves] = {}
+    seconds: dict[int, float] = {}
+    for positions in by_kind(arms):
+        began = time.perf_counter()
+        kind = [arms[i] for i in positions]
+        knobs = Knobs(
+            lr=jnp.asarray([arm.lr for arm in kind], jnp.float32),
+            threshold=jnp.asarray([arm.clip.threshold for arm in kind], jnp.float32),
+        )
+        curves = jax.device_get(run_kind(kind[0].clip, knobs))
+        share = (time.perf_counter() - began) / len(kind)
+        for place, i in enumerate(positions):
+            found[i] = {name: curve[place] for name, curve in curves.items()}
+            seconds[i] = share
+    order = range(len(arms))
+    stacked = {name: np.stack([found[i][name] for i in order]) for name in found[0]}
+    return stacked, [seconds[i] for i in order]

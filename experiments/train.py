@@ -1,0 +1,223 @@
+"""Training: pure functions of one run, compiled in chunks for many runs at once.
+
+`init`, `loss`, `begin`, `step` and `run_chunk` are written for one run. `start` maps
+the first over seeds; `sweep` maps the others over arms and seeds, compiles a chunk of
+updates, and calls it in a Python loop, which can report how far it is.
+
+All arms see the same initial values and batches: they depend on the seed and the number
+of the update only.
+"""
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import optaxclip
+from experiments.arms import Knobs
+from experiments.clips import Clip
+
+OPTIMIZERS = {"sgd": optax.sgd, "adam": optax.adam}
+# Share of the limit by which float32 sums may put a clipped norm above it.
+SLACK = 1e-5
+
+
+class Score(NamedTuple):
+    """How a model does on the test examples.
+
+    Attributes:
+      loss: mean cross entropy, in nats.
+      accuracy: share of right answers.
+    """
+
+    loss: Any
+    accuracy: Any
+
+
+class Start(NamedTuple):
+    """Where the runs of a seed begin, whatever the knobs."""
+
+    params: Any
+    key: jax.Array
+    score: Score
+
+
+class State(NamedTuple):
+    """What a run carries from one update to the next."""
+
+    params: Any
+    opt_state: Any
+    key: jax.Array
+    step: jax.Array
+
+
+class Log(NamedTuple):
+    """What the updates leave, of shape (updates,) in a run.
+
+    Attributes:
+      loss: mean cross entropy of the batch, in nats.
+      grad_norm: Euclidean norm of the whole gradient before the clip.
+      clipped: whether the clip changed anything.
+    """
+
+    loss: Any
+    grad_norm: Any
+    clipped: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What is fixed when a chunk is compiled.
+
+    Attributes:
+      model: maps (B, T, F) to logits (B, C).
+      clip: the kind of clip.
+      optimizer: a key of `OPTIMIZERS`, what follows the clip.
+      batch: examples per update.
+      check: whether values are checked while running (needs `chex.chexify`).
+    """
+
+    model: nn.Module
+    clip: Clip
+    optimizer: str
+    batch: int
+    check: bool
+
+    def transformation(self, knobs: Knobs) -> optax.GradientTransformation:
+        """Returns clip and optimizer; to check the clip, it records its own output."""
+        chain = [self.clip.make(knobs.threshold)]
+        if self.check:
+            chain.append(self.clip.make(knobs.threshold * (1 + SLACK)))
+        return optax.chain(*chain, OPTIMIZERS[self.optimizer](knobs.lr))
+
+
+def init(model: nn.Module, seed: jax.Array, task: Any) -> Start:
+    """Returns initial parameters, and how they do."""
+    params_key, run_key = jax.random.split(jax.random.key(seed))
+    x_BxTxF, label_B = task.test()
+    params = model.init(params_key, x_BxTxF[:1])
+    return Start(params, run_key, Score(*loss(params, model, x_BxTxF, label_B)))
+
+
+def loss(
+    params: Any, model: nn.Module, x_BxTxF: jax.Array, label_B: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Returns mean cross entropy, in nats, and the share of right answers."""
+    logits_BxC = jnp.asarray(model.apply(params, x_BxTxF))
+    chex.assert_shape(logits_BxC, (*label_B.shape, None))
+    losses_B = optax.softmax_cross_entropy_with_integer_labels(logits_BxC, label_B)
+    return jnp.mean(losses_B), jnp.mean(jnp.argmax(logits_BxC, -1) == label_B)
+
+
+def begin(setup: Setup, knobs: Knobs, start: Start) -> State:
+    """Returns the state before the first update."""
+    opt_state = setup.transformation(knobs).init(start.params)
+    return State(start.params, opt_state, start.key, jnp.zeros((), jnp.int32))
+
+
+def step(setup: Setup, task: Any, knobs: Knobs, state: State) -> tuple[State, Log]:
+    """Makes one update."""
+    key = jax.random.fold_in(state.key, state.step)
+    x_BxTxF, label_B = task.sample(key, setup.batch)
+    value_and_grads = jax.value_and_grad(loss, has_aux=True)
+    (value, _), grads = value_and_grads(state.params, setup.model, x_BxTxF, label_B)
+    updates, opt_state = setup.transformation(knobs).update(
+        grads, state.opt_state, state.params
+    )
+    record, *checks = optaxclip.records(opt_state)
+    for after in checks:
+        exceeds = jax.tree.map(jnp.greater, after.norm, after.limit)
+        chex.assert_trees_all_equal(exceeds, jax.tree.map(jnp.zeros_like, exceeds))
+    log = Log(value, optaxclip.norms.tree_norm(grads), record.clipped > 0)
+    params = optax.apply_updates(state.params, updates)
+    return State(params, opt_state, state.key, state.step + 1), log
+
+
+def run_chunk(
+    setup: Setup, updates: int, task: Any, knobs: Knobs, state: State
+) -> tuple[State, Log, Score]:
+    """Makes some updates, then judges the model."""
+
+    def body(state, _):
+        return step(setup, task, knobs, state)
+
+    state, log = jax.lax.scan(body, state, length=updates)
+    return state, log, Score(*loss(state.params, setup.model, *task.test()))
+
+
+def start(model: nn.Module, seeds: np.ndarray, task: Any, check: bool) -> Start:
+    """Initialises the model for every seed; leaves have shape (seeds, ...)."""
+    program = jax.jit(jax.vmap(functools.partial(init, model), (0, None)))
+    return (_checked(program) if check else program)(seeds, task)
+
+
+def sweep(
+    setup: Setup,
+    knobs: Knobs,
+    starts: Start,
+    task: Any,
+    chunks: list[int],
+    report: Callable[[int, Score], None],
+) -> tuple[Log, Score]:
+    """Trains every arm on every seed, all side by side.
+
+    Args:
+      setup: what is fixed.
+      knobs: learning rates and thresholds, of shape (arms,).
+      starts: where the seeds begin, with leaves of shape (seeds, ...).
+      task: where batches and test examples come from.
+      chunks: numbers of updates, after each of which the models are judged.
+      report: called after each chunk with its length and the scores.
+
+    Returns:
+      The log, of shape (arms, seeds, updates), and the scores, of shape (arms, seeds,
+      1 + chunks), the first before training.
+    """
+    over_seeds = jax.vmap(functools.partial(begin, setup), (None, 0))
+    state = jax.jit(jax.vmap(over_seeds, (0, None)))(knobs, starts)
+    programs = {
+        n: _over_grid(functools.partial(run_chunk, setup, n, task), setup.check)
+        for n in set(chunks)
+    }
+    logs = []
+    scores = [jax.tree.map(lambda s: np.tile(s, (len(knobs.lr), 1)), starts.score)]
+    for updates in chunks:
+        state, log, score = programs[updates](knobs, state)
+        logs.append(jax.device_get(log))
+        scores.append(jax.device_get(score))
+        report(updates, scores[-1])
+    log = jax.tree.map(lambda *parts: np.concatenate(parts, axis=-1), *logs)
+    return log, jax.tree.map(lambda *parts: np.stack(parts, axis=-1), *scores)
+
+
+def _over_grid(function: Callable, check: bool) -> Callable:
+    """Compiles a function of knobs and a state for all arms and seeds.
+
+    The states are donated. While values are checked, runs follow each other instead:
+    checks cannot see into loops that are mapped, and the norm of a clip has one.
+    """
+    if not check:
+        over_seeds = jax.vmap(function, (None, 0))
+        return jax.jit(jax.vmap(over_seeds, (0, 0)), donate_argnums=1)
+
+    def one_by_one(knobs, states):
+        def over_seeds(knobs, states):
+            return jax.lax.map(functools.partial(function, knobs), states)
+
+        return jax.lax.map(lambda pair: over_seeds(*pair), (knobs, states))
+
+    return _checked(jax.jit(one_by_one))
+
+
+def _checked(program: Callable) -> Callable:
+    # At exit chex warns of checks that nobody looked at, of those it looked at too.
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    return chex.chexify(program, async_check=False)

@@ -1,0 +1,135 @@
+"""What each scope measures, and that it puts the directions back."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import optaxclip
+from optaxclip import clip_by, scopes
+
+pytestmark = pytest.mark.usefixtures("strict")
+UPDATES = {
+    "cell": {"kernel": jnp.array([[3.0, 0.0], [4.0, -1.0]]), "bias": jnp.array([2.0])},
+    "head": jnp.array([-6.0, 8.0]),
+    "step": jnp.array(7),
+}
+
+
+def magnitudes(scope, updates=UPDATES):
+    return scope.split(updates, None)[0]
+
+
+def assert_tree(got, want):
+    got, want = (jax.tree.map(np.asarray, t) for t in (got, want))
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), got, want)
+
+
+def test_element():
+    assert_tree(
+        magnitudes(scopes.element()),
+        {
+            "cell": {"kernel": [[3.0, 0], [4, 1]], "bias": [2.0]},
+            "head": [6.0, 8.0],
+            "step": None,
+        }
+        | {
+            "cell": {
+                "kernel": np.array([[3.0, 0], [4, 1]]),
+                "bias": np.array([2.0]),
+            },
+            "head": np.array([6.0, 8.0]),
+        },
+    )
+
+
+def test_side():
+    seen = magnitudes(scopes.side())
+    assert_tree(seen["negative"]["head"], np.array([6.0, 0.0]))
+    assert_tree(seen["positive"]["head"], np.array([0.0, 8.0]))
+    assert seen["positive"]["step"] is None
+
+
+def test_unit():
+    seen = magnitudes(scopes.unit())
+    assert_tree(seen["cell"]["kernel"], np.array([[5.0, 1.0]]))
+    assert_tree(seen["head"], np.array([10.0]))
+
+
+def test_leaf():
+    assert_tree(
+        magnitudes(scopes.leaf()),
+        {
+            "cell": {"kernel": np.sqrt(26.0), "bias": 2.0},
+            "head": 10.0,
+            "step": None,
+        },
+    )
+
+
+def test_group_takes_a_prefix_or_a_callable():
+    labels = {"cell": "hidden", "head": "output", "step": "output"}
+    want = {"hidden": np.sqrt(30.0), "output": 10.0}
+    assert_tree(magnitudes(scopes.group(labels)), want)
+    assert_tree(magnitudes(scopes.group(lambda updates: labels)), want)
+
+
+def test_a_label_without_leaves_has_magnitude_zero():
+    labels = {"cell": "hidden", "head": "hidden", "step": "counter"}
+    seen = magnitudes(scopes.group(labels))
+    assert float(seen["counter"]) == 0
+    tx = optaxclip.clip_by_group_norm({"hidden": 1.0, "counter": 1.0}, labels)
+    tx.update(UPDATES, tx.init(UPDATES))
+
+
+def test_tree_measures_or_takes_what_is_known():
+    assert_tree(magnitudes(scopes.tree()), np.sqrt(130.0))
+    assert float(scopes.tree().split(UPDATES, 3.0)[0]) == 3.0
+    assert scopes.tree().split(UPDATES, jnp.bfloat16(3))[0].dtype == jnp.float32
+
+
+@pytest.mark.parametrize("bad", [-1.0, jnp.ones(2), "5", True])
+def test_a_known_norm_is_checked(bad):
+    tx = optaxclip.clip_by_global_norm(1.0)
+    with pytest.raises((ValueError, TypeError), match="update: norm must"):
+        tx.update(UPDATES, None, norm=bad)
+
+
+def test_a_known_nan_is_loud():
+    tx = optaxclip.clip_by_global_norm(1.0)
+    out, _ = tx.update(UPDATES, None, norm=jnp.nan)
+    assert np.isnan(np.asarray(out["head"])).all()
+
+
+def test_only_the_tree_scope_listens_to_a_known_norm():
+    tx = optaxclip.clip_by_leaf_norm(1.0)
+    got, _ = tx.update(UPDATES, None, norm=1e9)
+    np.testing.assert_allclose(got["head"], [-0.6, 0.8], rtol=1e-6)
+
+
+def test_a_leaf_without_a_label_is_named():
+    tx = optaxclip.clip_by_group_norm(1.0, {"cell": "hidden", "step": "hidden"})
+    with pytest.raises(ValueError, match=r"labels has no value for head"):
+        tx.init(UPDATES)
+
+
+def test_complex_elements_keep_their_phase():
+    u = jnp.array([3.0 + 4.0j, 0.1j, 0j])
+    got, _ = clip_by(scopes.element(), 1.0).update(u, None)
+    np.testing.assert_allclose(got, [0.6 + 0.8j, 0.1j, 0j], rtol=1e-6)
+    assert got.dtype == jnp.complex64
+
+
+def test_complex_has_no_sides():
+    tx = optaxclip.clip_by_value(-1.0, 1.0)
+    with pytest.raises(TypeError, match=r"complex updates have no sides.* at w"):
+        tx.update({"w": jnp.array([1j])}, None)
+
+
+def test_signed_zeros_and_subnormals_survive():
+    u = jnp.array([-0.0, 0.0, 1e-40, -3.0])
+    for tx in (optaxclip.clip(1.0), optaxclip.clip_by_value(-1.0, 1.0)):
+        got = np.asarray(tx.update(u, None)[0])
+        assert got[:3].tobytes() == np.asarray(u)[:3].tobytes()
+        assert got[3] == -1

@@ -1,0 +1,54 @@
+"""Under jit, with any sharding: the result of one device, and no array gathered."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from tables import CASES
+
+SPECS = {
+    "kernel": P("d", "t"),
+    "bias": P("t"),
+    "conv": P(None, None, "d", None),
+    "scale": P(),
+}
+SHAPES = {"kernel": (16, 8), "bias": (8,), "conv": (3, 3, 4, 6), "scale": (5,)}
+
+
+def updates(seed):
+    rng = np.random.default_rng(seed)
+    return {n: rng.normal(size=s).astype(np.float32) for n, s in SHAPES.items()}
+
+
+# How a scope measures is what sharding can break; the shapes see only scalars.
+MEASURED = [case for case in CASES if ":shape" not in case.name]
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("case", MEASURED, ids=lambda case: case.name)
+def test_equal_to_one_device(case, kind):
+    mesh = jax.make_mesh((4, 2), ("d", "t"), axis_types=(kind, kind))
+    tx = case.make(0.5)
+    run = lambda u, p: tx.update(u, tx.init(u), p)[0]
+    local = [jax.tree.map(jnp.asarray, updates(seed)) for seed in (0, 1)]
+    want = jax.jit(run)(*local)
+    with jax.set_mesh(mesh):
+        placed = [
+            {n: jax.device_put(x, NamedSharding(mesh, SPECS[n])) for n, x in t.items()}
+            for t in local
+        ]
+        compiled = jax.jit(run).lower(*placed).compile()
+        got = compiled(*placed)
+    for name in SHAPES:
+        assert got[name].sharding.is_equivalent_to(
+            placed[0][name].sharding, got[name].ndim
+        ), name
+        np.testing.assert_array_max_ulp(
+            np.asarray(got[name]), np.asarray(want[name]), maxulp=8
+        )
+    text = compiled.as_text()
+    assert not re.search(r"all-gather|all-to-all|collective-permute", text)
