@@ -227,17 +227,18 @@ def _euclidean(arrays, axes, groups, mean):
         sums = _joined(_squares(arrays, axes, scales, this), groups, _total)
         if mean:
             sums = [s / max(size, 1) for s, size in zip(sums, sizes)]
-        norms, large, small = [], [], []
+        norms = []
         for s, old in zip(sums, found, strict=True):
             low, high = renewed[s.dtype]
             new = lax.div(lax.sqrt(s), lax.full_like(s, scales[s.dtype]))
             # What is in range, or NaN already, stays as an earlier pass measured it.
             unsafe = lax.bitwise_or(old < low, old > high)
             norms.append(lax.select(unsafe, new, old))
-            large.append(norms[-1] > safe[s.dtype][1])
-            small.append(norms[-1] < safe[s.dtype][0])
-        following = jnp.where((this < 2) & _any(small), 2, 3)
-        following = jnp.where((this < 1) & _any(large), 1, following)
+        seen = [_stacked(norms)] if {n.shape for n in norms} == {()} else norms
+        large = _any([n > safe[n.dtype][1] for n in seen])
+        small = _any([n < safe[n.dtype][0] for n in seen])
+        following = jnp.where((this < 2) & small, 2, 3)
+        following = jnp.where((this < 1) & large, 1, following)
         return following.astype(jnp.int32), norms
 
     return lax.while_loop(lambda carry: carry[0] < 3, run, (jnp.int32(0), start))[1]

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaxclip import _trees, bounds, scopes, shapes
+from optaxclip import _trees, bounds, norms, scopes, shapes
 from optaxclip._checks import check_number, negated
 from optaxclip.clip import Shape, clip_by
 
@@ -165,6 +165,7 @@ def clip_by_leaf_norm(
       unchanged bit for bit.
     """
     rule = bounds.of(max_norm, "clip_by_leaf_norm: max_norm")
+    ord = norms.check_ord(ord, "clip_by_leaf_norm")
     return clip_by(scopes.leaf(ord), rule)
 
 
@@ -200,6 +201,7 @@ def clip_by_unit_norm(
       `lasagne.updates.norm_constraint`, as a bound on the updates.
     """
     rule = bounds.of(max_norm, "clip_by_unit_norm: max_norm")
+    ord = norms.check_ord(ord, "clip_by_unit_norm")
     return clip_by(scopes.unit(axis, ord), rule)
 
 
@@ -239,6 +241,7 @@ def clip_by_group_norm(
       PyTorch's `clip_grad_norm_` called once per parameter group.
     """
     rule = bounds.of(max_norms, "clip_by_group_norm: max_norms")
+    ord = norms.check_ord(ord, "clip_by_group_norm")
     return clip_by(scopes.group(labels, ord), rule)
 
 
@@ -288,6 +291,7 @@ def clip_by_global_norm(
       underflows, and inf does not turn its neighbours into zeros.
     """
     rule = bounds.of(max_norm, "clip_by_global_norm: max_norm")
+    ord = norms.check_ord(ord, "clip_by_global_norm")
     return clip_by(scopes.tree(ord), rule, shapes.hard if shape is None else shape)
 
 

@@ -167,12 +167,15 @@ def test_one_pass_in_the_safe_range_and_another_outside():
 
 @pytest.mark.parametrize("bad", [0, -1, math.nan, "L2", True, [2]])
 def test_other_orders_are_refused(bad):
-    for make in (
-        lambda: norms.tree_norm(jnp.ones(2), bad),
-        lambda: optaxclip.clip_by_leaf_norm(1.0, ord=bad),
-        lambda: optaxclip.clip_by_global_norm(1.0, ord=bad),
-    ):
-        with pytest.raises(ValueError, match=r"ord must be None, 1, 2, inf.*got ord="):
+    for name, make in {
+        "norms.tree_norm": lambda: norms.tree_norm(jnp.ones(2), bad),
+        "clip_by_leaf_norm": lambda: optaxclip.clip_by_leaf_norm(1.0, ord=bad),
+        "clip_by_unit_norm": lambda: optaxclip.clip_by_unit_norm(1.0, ord=bad),
+        "clip_by_group_norm": lambda: optaxclip.clip_by_group_norm(1.0, "a", ord=bad),
+        "clip_by_global_norm": lambda: optaxclip.clip_by_global_norm(1.0, ord=bad),
+        "scopes.tree": lambda: optaxclip.scopes.tree(bad),
+    }.items():
+        with pytest.raises(ValueError, match=rf"^{name}: ord must be None.*got ord="):
             make()
 
 
