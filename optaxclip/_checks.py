@@ -29,7 +29,7 @@ def check_number(value: Any, who: str, *, nan_allowed: bool = False) -> None:
     elif isinstance(value, jax.Array):
         return
     else:
-        values = [value] if is_static_number(value) else value.ravel().tolist()
+        values = _listed(value)
         if any(map(math.isnan, values)) and not nan_allowed:
             rule, error = "must not be NaN", ValueError
         elif any(v < 0 for v in values):
@@ -62,12 +62,16 @@ def negated(value: Any, who: str) -> Any:
             f"{function}: {argument} must be a real number, got {argument}={value!r}. "
             "Pass a number <= 0; -inf means no limit."
         )
-    if is_static_number(value) and not value <= 0:
+    if not isinstance(value, jax.Array) and not all(v <= 0 for v in _listed(value)):
         raise ValueError(
             f"{function}: {argument} must be <= 0, got {argument}={value!r}. The range "
             "must hold 0, or small updates would change sign."
         )
     return jnp.negative(value) if isinstance(value, jax.Array) else -value
+
+
+def _listed(value: Any) -> list[Any]:
+    return [value] if is_static_number(value) else value.ravel().tolist()
 
 
 def _is_real(value: Any) -> bool:

@@ -6,7 +6,7 @@ depends on the layer and the layout of its framework, so every place that takes 
 takes any of
 
 * None: chosen by rank, as optax does (`by_rank`);
-* an int or a tuple of ints: the axes reduced, the same for every leaf;
+* an int or a plain tuple of ints: the axes reduced, the same for every leaf;
 * a pytree prefix of the params holding these;
 * a callable of the leaf's path (`"encoder/out/kernel"`) and the leaf: `flax`,
   `equinox`, `stacked(...)`, or your own.
@@ -288,7 +288,7 @@ def _of_leaf(spec: Any, path: str, leaf: Any, who: str) -> tuple[int, ...]:
 
 
 def _is_axes(node: Any) -> bool:
-    if isinstance(node, tuple):
+    if type(node) is tuple:
         return all(isinstance(i, int) for i in node)
     return node is None or isinstance(node, int) or _trees.is_function(node)
 

@@ -116,8 +116,7 @@ def constant(value: PyTree, who: str = "bounds.constant: value") -> Bound:
       >>> print(limits)
       2.0
     """
-    leaves = jax.tree.leaves(value, is_leaf=lambda node: node is None)
-    for leaf in leaves or [None]:
+    for leaf in jax.tree.leaves(value) or [value]:
         check_number(leaf, who)
 
     def limit(state, magnitudes, own):
@@ -161,6 +160,7 @@ def schedule(
 
     def limit(state, magnitudes, own):
         del own
+        _refuse_no_state(state, who)
         limits = _limits(value(state.step), magnitudes, who)
         following = ScheduleState(step=jnp.asarray(optax.safe_increment(state.step)))
         return limits, lambda kept: following
@@ -209,7 +209,11 @@ def relative(
     check_number(floor, f"{function}: floor")
 
     def limit(state, magnitudes, own):
-        sizes = jax.tree.map(lambda m: jnp.maximum(m, _cast(floor, m)), own(function))
+        sizes = jax.tree.map(
+            lambda size, m: jnp.maximum(size, _cast(floor, size)).astype(m.dtype),
+            own(function),
+            magnitudes,
+        )
         shares = jax.tree.map(_share, magnitudes, sizes)
         limits, learn = inner.limit(state, shares, own)
         limits = jax.tree.map(
@@ -360,6 +364,7 @@ def recorded(bound: BoundLike) -> Bound:
         return Record.empty(magnitudes, inner.init(magnitudes))
 
     def limit(state, magnitudes, own):
+        _refuse_no_state(state, "recorded: bound")
         limits, learn = inner.limit(state.bound, magnitudes, own)
 
         def note(kept):
@@ -390,6 +395,15 @@ def _combination(choose: Callable, values: tuple[BoundLike, ...], who: str) -> B
         return limits, lambda kept: _joined([learn(kept) for _, learn in found])
 
     return Bound(init, limit)
+
+
+def _refuse_no_state(state: PyTree, who: str) -> None:
+    if state is None:
+        function, argument = who.split(": ")
+        raise ValueError(
+            f"{function}: {argument} learns from step to step and needs its state, got "
+            "None. Call tx.init(params) and pass the state on."
+        )
 
 
 def _is_empty(state: PyTree) -> bool:

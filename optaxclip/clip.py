@@ -56,7 +56,8 @@ def clip_by(
     bound = bounds.of(bound, "clip_by: bound")
 
     def init(params):
-        return bound.init(jax.eval_shape(lambda p: scope.split(p, None)[0], params))
+        # Only shapes are wanted: a norm that is given need not be measured.
+        return bound.init(jax.eval_shape(lambda p: scope.split(p, 0.0)[0], params))
 
     def update(updates, state, params=None, *, norm=None, **extra_args):
         del extra_args
@@ -66,12 +67,16 @@ def clip_by(
             return scope.split(_trees.align(params, updates, who), None)[0]
 
         limits, learn = bound.limit(state, seen, own)
-        kept = jax.tree.map(
-            lambda m, c: jnp.where(c == jnp.inf, m, shape(m, c)), seen, limits
-        )
+        kept = jax.tree.map(lambda m, c: _new_magnitude(shape, m, c), seen, limits)
         alone = jax.tree.map(
             lambda m, c, k: (k == m) | (c == jnp.inf), seen, limits, kept
         )
         return rebuild(kept, alone), learn(kept)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _new_magnitude(shape: Shape, magnitude: jax.Array, limit: jax.Array) -> jax.Array:
+    unlimited = limit == jnp.inf
+    finite = jnp.where(unlimited, jnp.ones_like(limit), limit)
+    return jnp.where(unlimited, magnitude, shape(magnitude, finite))

@@ -14,6 +14,7 @@ which axes of each array are reduced, which arrays share one norm, and the order
 
 import functools
 import math
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -109,7 +110,11 @@ def check_ord(ord: Any, who: str) -> float | str:
         return 2.0
     if ord == "rms":
         return "rms"
-    if isinstance(ord, bool | str) or not isinstance(ord, int | float) or not ord > 0:
+    if (
+        isinstance(ord, bool | str)
+        or not isinstance(ord, numbers.Real)
+        or not float(ord) > 0
+    ):
         raise ValueError(f"{who}: ord {rule}, got ord={ord!r}. Pass one of these.")
     return float(ord)
 
@@ -165,7 +170,7 @@ def _norms(arrays, axes, groups, p):
     units = _per_array(usable, groups, len(arrays))
     sums = [_sum((m / u) ** p, a) for m, u, a in zip(moduli, units, axes)]
     return [
-        jnp.where(jnp.isfinite(m), s ** (1 / p) * u, m)
+        jnp.where(jnp.isfinite(m), (s ** (0.5 / p) * u) * s ** (0.5 / p), m)
         for s, u, m in zip(_joined(sums, groups, _total), usable, largest)
     ]
 
@@ -186,7 +191,9 @@ def _norms_jvp(axes, groups, p, primals, tangents):
             ties.append(_sum((jnp.abs(x) == n).astype(n.dtype), a))
         else:
             modulus = jnp.where(x != 0, jnp.abs(x), safe)
-            slope = jnp.sign(x) * quotient(modulus, safe) ** (p - 1)
+            steep = quotient(safe ** (1 - p), modulus ** (1 - p))
+            flat = quotient(modulus, safe) ** (p - 1)
+            slope = jnp.sign(x) * (steep if p < 1 else flat)
         changes.append(_sum((jnp.conj(slope) * dx).real, a))
     changes = _joined(changes, groups, _total)
     if p == "rms":

@@ -36,8 +36,8 @@ def clip(max_delta: bounds.BoundLike) -> Transformation:
 
     `u -> sign(u) min(|u|, max_delta)`. Recipe: element x constant x hard.
 
-    Turns the direction of the updates: use a norm to keep it. Complex elements keep
-    their phase; inf becomes the limit, NaN stays.
+    Turns the direction of the updates: use a norm to keep it. Inf becomes the limit,
+    NaN stays. Complex elements keep their phase; without one, inf becomes NaN.
 
     Args:
       max_delta: largest modulus, in the units of the updates: a number, a schedule, a

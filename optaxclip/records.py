@@ -76,8 +76,10 @@ class Record(NamedTuple):
             finite &= jnp.all(jnp.isfinite(seen))
             count += seen.size
         return Record(
-            norm=jax.tree.map(_largest, magnitudes),
-            limit=jax.tree.map(_limit_of_largest, magnitudes, limits),
+            norm=_typed_like(self.norm, jax.tree.map(_largest, magnitudes)),
+            limit=_typed_like(
+                self.limit, jax.tree.map(_limit_of_largest, magnitudes, limits)
+            ),
             scale=scale,
             clipped=clipped / max(count, 1),
             steps=_count(self.steps, jnp.array(True)),
@@ -109,6 +111,10 @@ def records(opt_state: PyTree) -> list[Record]:
     nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, Record))
     found = [node for node in nodes if isinstance(node, Record)]
     return [r for record in found for r in (record, *records(record.bound))]
+
+
+def _typed_like(old: PyTree, new: PyTree) -> PyTree:
+    return jax.tree.map(lambda o, n: n.astype(o.dtype), old, new)
 
 
 def _largest(magnitude: jax.Array) -> jax.Array:

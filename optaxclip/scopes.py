@@ -233,7 +233,7 @@ def group(
         tree = labels(updates) if _trees.is_function(labels) else labels
         cells = _trees.only_counted(updates)
         label_of = jax.tree.leaves(_trees.spread(tree, cells, "scopes.group: labels"))
-        names = sorted(set(jax.tree.leaves(tree)))
+        names = _sorted_labels(tree)
         groups = [[i for i, name in enumerate(label_of) if name == n] for n in names]
         seen = norms.measure(part.arrays, groups=groups, ord=ord)
         cell_of = [names.index(name) for name in label_of]
@@ -277,14 +277,25 @@ def tree(ord: float | str | None = None) -> Scope:
             whole = [range(len(part.arrays))]
             (seen,) = norms.measure(part.arrays, groups=whole, ord=ord)
         else:
-            seen = _known(norm)
+            seen = _known(norm, _trees.widest(*(u.dtype for u in part.arrays)))
         cell_of = [0] * len(part.arrays)
         return seen, _rescaling(part, [seen], lambda cell: [cell], cell_of)
 
     return Scope(split)
 
 
-def _known(norm: jax.typing.ArrayLike) -> jax.Array:
+def _sorted_labels(tree: PyTree) -> list[Any]:
+    found = set(jax.tree.leaves(tree))
+    try:
+        return sorted(found)
+    except TypeError:
+        raise TypeError(
+            "scopes.group: labels must be all strings or all ints, got "
+            f"{sorted(map(repr, found))}. They are the keys of a dict of magnitudes."
+        ) from None
+
+
+def _known(norm: jax.typing.ArrayLike, dtype: Any) -> jax.Array:
     check_number(norm, "update: norm", nan_allowed=True)
     norm = jnp.asarray(norm)
     if norm.ndim:
@@ -292,7 +303,7 @@ def _known(norm: jax.typing.ArrayLike) -> jax.Array:
             f"update: norm must be a scalar, got norm of shape {norm.shape}. Give the "
             "norm of all updates together."
         )
-    return norm.astype(_trees.widest(norm.dtype))
+    return norm.astype(dtype)
 
 
 def _modulus(u: jax.Array) -> jax.Array:
@@ -382,8 +393,9 @@ def _precisely(u: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
     factor = quotient(new, old)
     high, head = halved(factor), halved(old)
     low = quotient((new - high * head) - high * (old - head), old)
-    vanishing = factor < info.smallest_normal / info.eps**3  # low would underflow
-    high, low = jnp.where(vanishing, factor, high), jnp.where(vanishing, 0, low)
+    # There low would underflow, or head overflow.
+    extreme = (factor < info.smallest_normal / info.eps**3) | (old > info.max / 2)
+    high, low = jnp.where(extreme, factor, high), jnp.where(extreme, 0, low)
     dtype = _trees.widened(u.dtype, _trees.widest(u.dtype, old.dtype))
     high, low = (lax.full_like(u, part.astype(dtype), dtype) for part in (high, low))
     wide = u.astype(dtype)

@@ -129,7 +129,8 @@ def tanh(magnitude: jax.Array, limit: jax.Array) -> jax.Array:
 def normalize(magnitude: jax.Array, limit: jax.Array) -> jax.Array:
     """Gives every magnitude but 0 the size of its limit: c.
 
-    With the `element` scope this is sign descent, with `tree` normalised descent.
+    With the `element` scope this is sign descent, with `tree` normalised descent. Where
+    m is c to the bit, the updates pass as they are and so does their derivative.
 
     Args:
       magnitude: m >= 0.
@@ -144,14 +145,15 @@ def normalize(magnitude: jax.Array, limit: jax.Array) -> jax.Array:
       >>> print(shapes.normalize(jnp.array([0.0, 0.1, 8.0]), 1.0))
       [0. 1. 1.]
     """
-    return jnp.where(magnitude > 0, limit, magnitude)
+    return jnp.where(magnitude > 0, limit, magnitude + 0 * limit)
 
 
 def drop(magnitude: jax.Array, limit: jax.Array) -> jax.Array:
     """Lets a magnitude through up to its limit and removes it beyond: `m [m <= c]`.
 
     This zeroes updates; it does not skip a step, for an optimizer downstream still
-    decays its moments. A cell that is NaN or inf is not dropped but stays loud: NaN.
+    decays its moments. A cell of several elements that is NaN or inf is not dropped but
+    stays loud: NaN. So does a NaN element; an inf element is beyond any limit, and is.
 
     Args:
       magnitude: m >= 0.

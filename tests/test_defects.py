@@ -158,3 +158,55 @@ def test_a_tiny_factor_still_keeps_the_bound(ratio):
     limit = float(np.float32(1e30 * ratio))
     for make in (optaxclip.clip_by_global_norm, optaxclip.clip_by_leaf_norm):
         np.testing.assert_allclose(clipped_norm(make(limit), [x]), limit, rtol=1e-6)
+
+
+def test_an_infinite_limit_passes_derivatives_through_every_shape():
+    u = jnp.array([3.0, 4.0])
+    for name in ("hard", "rational", "sqrt", "tanh", "drop", "reciprocal"):
+        shape = getattr(optaxclip.shapes, name)
+        for scope in (optaxclip.scopes.tree(), optaxclip.scopes.element()):
+            run = lambda u, c, scope=scope, shape=shape: (
+                optaxclip.clip_by(scope, c, shape).update(u, None)[0].sum()
+            )
+            du, dc = jax.grad(run, (0, 1))(u, jnp.float32(jnp.inf))
+            np.testing.assert_array_equal(du, [1, 1])
+            assert float(dc) == 0
+
+
+def test_a_leaf_at_the_end_of_float32_is_clipped():
+    tx = optaxclip.clip_by_leaf_norm(1e38)
+    out, _ = tx.update(jnp.array([3.4028e38, 0.0]), None)
+    np.testing.assert_allclose(out, [1e38, 0.0], rtol=1e-6)
+
+
+def test_states_keep_their_dtypes_in_mixed_precision():
+    with jax.enable_x64(True):
+        wide, narrow = jnp.ones((3, 2)), jnp.ones((3, 2), jnp.float32)
+        recorded = optaxclip.recorded
+        agc = optaxclip.adaptive_grad_clip(recorded(0.1))
+        for tx, updates, params, extra in (
+            (optaxclip.clip_by_global_norm(recorded(1.0)), narrow, None, {"norm": 5.0}),
+            (optaxclip.clip_by_global_norm(recorded(1.0)), wide, None, {"norm": 5.0}),
+            (agc, narrow, wide, {}),
+            (agc, wide, narrow, {}),
+        ):
+            state = tx.init(updates if params is None else params)
+            _, after = tx.update(updates, state, params, **extra)
+            for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(after)):
+                assert a.dtype == b.dtype
+
+
+def test_messages_of_rare_mistakes():
+    u = {"a": jnp.ones(2), "b": jnp.ones(2)}
+    with pytest.raises(ValueError, match=r"min_value must be <= 0, got"):
+        optaxclip.clip_by_value(np.array(1.0), 2.0)
+    with pytest.raises(TypeError, match="labels must be all strings or all ints"):
+        optaxclip.clip_by_group_norm(1.0, {"a": "x", "b": 3}).init(u)
+    with pytest.raises(ValueError, match="needs its state, got None"):
+        optaxclip.clip_by_global_norm(lambda step: 1.0).update(u, None)
+    with pytest.raises(TypeError, match=r"max_norm must be a real number, got .*={}"):
+        optaxclip.clip_by_leaf_norm({})
+    part, _ = optaxclip.clip_by_leaf_norm({"a": None, "b": 1.0}).update(
+        {"a": None, "b": jnp.array([3.0, 4.0])}, None
+    )
+    np.testing.assert_allclose(part["b"], [0.6, 0.8], rtol=1e-6)
