@@ -1,5 +1,5 @@
-# `make demo` and `make test` each set everything up in .venv first; nothing is left
-# outside this folder. uv is used where it is present, python and pip where not.
+# `make demo` and `make test` each set everything up in .venv first; only the caches of
+# pip, uv and matplotlib lie outside this folder. uv is used where it is present.
 
 VENV := .venv
 PY := $(VENV)/bin/python

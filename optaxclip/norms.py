@@ -110,11 +110,8 @@ def check_ord(ord: Any, who: str) -> float | str:
         return 2.0
     if ord == "rms":
         return "rms"
-    if (
-        isinstance(ord, bool | str)
-        or not isinstance(ord, numbers.Real)
-        or not float(ord) > 0
-    ):
+    number = isinstance(ord, numbers.Real) and not isinstance(ord, bool)
+    if not number or not float(ord) > 0:
         raise ValueError(f"{who}: ord {rule}, got ord={ord!r}. Pass one of these.")
     return float(ord)
 
@@ -241,7 +238,9 @@ def _euclidean(arrays, axes, groups, mean):
             # What is in range, or NaN already, stays as an earlier pass measured it.
             unsafe = lax.bitwise_or(old < low, old > high)
             norms.append(lax.select(unsafe, new, old))
-        seen = [_stacked(norms)] if {n.shape for n in norms} == {()} else norms
+        # Scalars of one dtype, and so of one safe range, are compared together.
+        alike = {(n.shape, n.dtype) for n in norms} == {((), norms[0].dtype)}
+        seen = [_stacked(norms)] if alike else norms
         large = _any([n > safe[n.dtype][1] for n in seen])
         small = _any([n < safe[n.dtype][0] for n in seen])
         following = jnp.where((this < 2) & small, 2, 3)

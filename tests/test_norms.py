@@ -66,6 +66,15 @@ def test_float64_has_its_own_range(magnitude):
             )
 
 
+def test_each_leaf_of_a_mixed_tree_has_the_range_of_its_own_dtype():
+    with jax.enable_x64(True):
+        for magnitude in (1e-25, 1e25):
+            narrow = jnp.asarray(np.array([3.0, 4.0]) * magnitude, jnp.float32)
+            seen, _ = optaxclip.scopes.leaf().split([narrow, jnp.ones(1)], None)
+            np.testing.assert_allclose(seen[0], 5 * magnitude, rtol=1e-6)
+            assert float(seen[1]) == 1
+
+
 @pytest.mark.parametrize("ord", ORDERS)
 def test_nonfinite_elements_show_in_the_norm(ord):
     finite = jnp.array([1.0, 2.0])
