@@ -6,8 +6,23 @@ becomes of it beyond (`optaxclip.shapes`). The named methods are such expression
 """
 
 from optaxclip import axes, bounds, norms, scopes, shapes
-from optaxclip.bounds import recorded
-from optaxclip.clip import clip_by
+from optaxclip.adaptive import (
+    adaclip,
+    adagc,
+    adagn,
+    adanorm,
+    autoclip,
+    ema_clip,
+    mean_clip,
+    median_clip,
+    norm_growth_clip,
+    percentile_clip,
+    quantile_clip,
+    spam_clip,
+    zclip,
+)
+from optaxclip.beyond import acclip, clippy, scale_by_stable_adam
+from optaxclip.clip import Clip, clip_by, recorded
 from optaxclip.norms import unitwise_norm
 from optaxclip.per_example import (
     per_example_global_norm_clip,
@@ -15,15 +30,18 @@ from optaxclip.per_example import (
 )
 from optaxclip.recipes import (
     adaptive_grad_clip,
+    adopt_clip,
     clip,
     clip_by_block_rms,
     clip_by_global_norm,
     clip_by_group_norm,
     clip_by_leaf_norm,
+    clip_by_trust_ratio,
     clip_by_unit_norm,
     clip_by_value,
     normalize_by_global_norm,
     normalize_by_leaf_norm,
+    normalize_by_trust_ratio,
     unitwise_clip,
 )
 from optaxclip.records import Record, records
@@ -32,8 +50,16 @@ from optaxclip.wrappers import check_finite, zero_nonfinite
 __version__ = "0.1.0"
 
 __all__ = [
+    "Clip",
     "Record",
+    "acclip",
+    "adaclip",
+    "adagc",
+    "adagn",
+    "adanorm",
     "adaptive_grad_clip",
+    "adopt_clip",
+    "autoclip",
     "axes",
     "bounds",
     "check_finite",
@@ -43,18 +69,30 @@ __all__ = [
     "clip_by_global_norm",
     "clip_by_group_norm",
     "clip_by_leaf_norm",
+    "clip_by_trust_ratio",
     "clip_by_unit_norm",
     "clip_by_value",
-    "norms",
+    "clippy",
+    "ema_clip",
+    "mean_clip",
+    "median_clip",
+    "norm_growth_clip",
     "normalize_by_global_norm",
     "normalize_by_leaf_norm",
+    "normalize_by_trust_ratio",
+    "norms",
     "per_example_global_norm_clip",
     "per_example_layer_norm_clip",
+    "percentile_clip",
+    "quantile_clip",
     "recorded",
     "records",
+    "scale_by_stable_adam",
     "scopes",
     "shapes",
+    "spam_clip",
     "unitwise_clip",
     "unitwise_norm",
+    "zclip",
     "zero_nonfinite",
 ]

@@ -5,6 +5,7 @@
 
 import math
 import numbers
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -40,6 +41,79 @@ def check_number(value: Any, who: str, *, nan_allowed: bool = False) -> None:
         f"{function}: {argument} {rule}, got {argument}={value!r}. Pass a number >= 0; "
         "inf means no limit."
     )
+
+
+def check_that(
+    value: Any, who: str, rule: str, holds: Callable[[float], bool], fix: str
+) -> None:
+    """Refuses a number for which a rule does not hold.
+
+    As in `check_number`, only the dtype of a JAX array is checked.
+
+    Raises:
+      TypeError: for what is not a real number.
+      ValueError: if the rule does not hold; NaN breaks every rule.
+    """
+    real = _is_real(value)
+    if real and (isinstance(value, jax.Array) or all(map(holds, _listed(value)))):
+        return
+    function, argument = who.split(": ")
+    raise (ValueError if real else TypeError)(
+        f"{function}: {argument} must be {rule}, got {argument}={value!r}. {fix}"
+    )
+
+
+def check_decay(value: Any, who: str) -> None:
+    """Refuses what is no share of a running average that is kept at every step."""
+    check_that(
+        value,
+        who,
+        "in [0, 1)",
+        lambda decay: 0 <= decay < 1,
+        "Pass the share of the average that is kept at every step, such as 0.98.",
+    )
+
+
+def check_count(value: Any, who: str) -> None:
+    """Refuses what is no number of observations; it may be traced."""
+    check_that(
+        value,
+        who,
+        "a whole number >= 0",
+        lambda count: count >= 0 and count == math.floor(count) < math.inf,
+        "Pass a number of updates.",
+    )
+
+
+def check_window(value: Any, who: str) -> int:
+    """Returns a number of stored magnitudes, or refuses it; it is static."""
+    function, argument = who.split(": ")
+    if isinstance(value, jax.Array):
+        raise TypeError(
+            f"{function}: {argument} must be a Python int, for it is the size of an "
+            "array, got a JAX array. With inject_hyperparams, name it in static_args="
+            f"{argument!r}."
+        )
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        rule, error = "must be a Python int", TypeError
+    elif value < 1:
+        rule, error = "must be >= 1", ValueError
+    else:
+        return int(value)
+    raise error(
+        f"{function}: {argument} {rule}, got {argument}={value!r}. Pass the number of "
+        "updates to remember, such as 1000."
+    )
+
+
+def check_choice(value: Any, who: str, choices: Sequence[str]) -> None:
+    """Refuses what is not one of a few words."""
+    if not isinstance(value, str) or value not in choices:
+        function, argument = who.split(": ")
+        raise ValueError(
+            f"{function}: {argument} must be one of {', '.join(map(repr, choices))}, "
+            f"got {argument}={value!r}. Pass one of these."
+        )
 
 
 def is_static_number(value: Any) -> bool:

@@ -19,3 +19,13 @@ def _quotient_jvp(primals, tangents):
     (a, b), (da, db) = primals, tangents
     ratio = quotient(a, b)
     return ratio, quotient(da - ratio * db, b)
+
+
+def hypot(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Returns sqrt(a^2 + b^2) for a, b >= 0 without forming a square of either.
+
+    The derivative is finite everywhere, (0, 0) included.
+    """
+    larger = jnp.maximum(a, b)
+    ratio = quotient(jnp.minimum(a, b), jnp.where(larger > 0, larger, 1))
+    return larger * jnp.sqrt(1 + ratio * ratio)

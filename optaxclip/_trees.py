@@ -35,7 +35,14 @@ class Counted(NamedTuple):
 
     def cells(self, values: Sequence[Any]) -> PyTree:
         """Returns the tree of values, without the leaves that are not counted."""
-        leaves = [leaf if _absent(leaf) else None for leaf in self.leaves]
+        leaves = [leaf if absent(leaf) else None for leaf in self.leaves]
+        for i, value in zip(self.indices, values, strict=True):
+            leaves[i] = value
+        return self.treedef.unflatten(leaves)
+
+    def placed(self, values: Sequence[Any], cells: PyTree) -> PyTree:
+        """Returns the tree of cells with other values where there are arrays."""
+        leaves = self.treedef.flatten_up_to(cells)
         for i, value in zip(self.indices, values, strict=True):
             leaves[i] = value
         return self.treedef.unflatten(leaves)
@@ -52,7 +59,7 @@ def counted(tree: PyTree) -> Counted:
     Integers, bools, float0, PRNG keys, `None` and `MaskedNode` do not count: they pass
     through every clip unchanged.
     """
-    leaves, treedef = jax.tree.flatten(tree, is_leaf=_absent)
+    leaves, treedef = jax.tree.flatten(tree, is_leaf=absent)
     indices = [i for i, leaf in enumerate(leaves) if _is_inexact(leaf)]
     arrays = [jnp.asarray(leaves[i]) for i in indices]
     return Counted(arrays, indices, leaves, treedef)
@@ -79,13 +86,13 @@ def widened(dtype: Any, real: Any) -> jnp.dtype:
 
 def only_counted(tree: PyTree) -> PyTree:
     """Returns the tree without the leaves that do not count: `None` for each."""
-    part_of = lambda leaf: leaf if _absent(leaf) or _is_inexact(leaf) else None
-    return jax.tree.map(part_of, tree, is_leaf=_absent)
+    part_of = lambda leaf: leaf if absent(leaf) or _is_inexact(leaf) else None
+    return jax.tree.map(part_of, tree, is_leaf=absent)
 
 
 def named(tree: PyTree) -> list[tuple[str, Any]]:
     """Returns the path, as `layer/kernel`, and the leaf of all leaves that count."""
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_absent)
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=absent)
     return [(name(path), leaf) for path, leaf in flat if _is_inexact(leaf)]
 
 
@@ -109,15 +116,15 @@ def align(params: PyTree, updates: PyTree, who: str) -> PyTree:
     try:
         leaves = part.treedef.flatten_up_to(params)
     except ValueError:
+        where = first_difference(updates, params, "update", "param")
         raise ValueError(
-            f"{who}: params must have the structure of updates, "
-            f"{_first_difference(updates, params)}. Pass the params that the "
-            "gradients were taken of, filtered in the same way."
+            f"{who}: params must have the structure of updates, {where}. Pass the "
+            "params that the gradients were taken of, filtered in the same way."
         ) from None
     aligned = [leaves[i] for i in part.indices]
     for param, update, index in zip(aligned, part.arrays, part.indices, strict=True):
         if not _is_inexact(param) or jnp.shape(param) != update.shape:
-            path = jax.tree_util.tree_flatten_with_path(updates, is_leaf=_absent)[0]
+            path = jax.tree_util.tree_flatten_with_path(updates, is_leaf=absent)[0]
             got = type(param).__name__ if param is None else jnp.shape(param)
             raise ValueError(
                 f"{who}: params must match updates, got {got} for an update of shape "
@@ -155,7 +162,7 @@ def spread(prefix: PyTree, tree: PyTree, who: str, is_leaf: Callable | None = No
                 f"{', '.join(map(name, have)) or 'nothing'}. Add one for it or for a "
                 "branch above it, or pass one value for all."
             )
-    places = _key_paths(tree, _absent)
+    places = _key_paths(tree, absent)
     for path in have:
         if not any(path == p[: len(path)] for p in places):
             raise ValueError(
@@ -170,12 +177,25 @@ def spread(prefix: PyTree, tree: PyTree, who: str, is_leaf: Callable | None = No
     )
 
 
-def _absent(node: Any) -> bool:
+def first_difference(want: PyTree, have: PyTree, a: str, b: str) -> str:
+    """Says where two trees differ; their leaves are called a and b."""
+    wanted, had = _key_paths(want), _key_paths(have)
+    for path in wanted:
+        if path not in had:
+            return f"got no {b} at {name(path)}"
+    for path in had:
+        if path not in wanted:
+            return f"got no {a} at {name(path)}"
+    return f"got {jax.tree.structure(have)} for {jax.tree.structure(want)}"
+
+
+def absent(node: Any) -> bool:
+    """Whether a node stands for a leaf that is not there."""
     return node is None or isinstance(node, optax.MaskedNode)
 
 
 def _is_inexact(leaf: Any) -> bool:
-    if _absent(leaf):
+    if absent(leaf):
         return False
     dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
     return jnp.issubdtype(dtype, jnp.inexact)
@@ -193,14 +213,3 @@ def _typed_like(new: jax.Array, old: jax.Array) -> jax.Array:
 
 def _key_paths(tree: PyTree, is_leaf: Callable | None = None) -> list[tuple]:
     return [p for p, _ in jax.tree_util.tree_flatten_with_path(tree, is_leaf)[0]]
-
-
-def _first_difference(updates: PyTree, params: PyTree) -> str:
-    have, want = _key_paths(params), _key_paths(updates)
-    for path in want:
-        if path not in have:
-            return f"got no param at {name(path)}"
-    for path in have:
-        if path not in want:
-            return f"got no update at {name(path)}"
-    return f"got {jax.tree.structure(params)} for {jax.tree.structure(updates)}"

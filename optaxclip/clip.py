@@ -1,6 +1,7 @@
 """The composer: scope x bound x shape makes a gradient transformation."""
 
 from collections.abc import Callable
+from typing import overload
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +13,21 @@ from optaxclip.scopes import Scope
 Shape = Callable[[jax.Array, jax.Array], jax.Array]
 
 
-def clip_by(
-    scope: Scope, bound: bounds.BoundLike, shape: Shape = shapes.hard
-) -> optax.GradientTransformationExtraArgs:
+class Clip(optax.GradientTransformationExtraArgs):
+    """A gradient transformation that knows what it was made of.
+
+    Attributes:
+      scope: what counts as one magnitude.
+      bound: how large it may be.
+      shape: what becomes of it beyond.
+    """
+
+    scope: Scope
+    bound: bounds.Bound
+    shape: Shape
+
+
+def clip_by(scope: Scope, bound: bounds.BoundLike, shape: Shape = shapes.hard) -> Clip:
     """Bounds the magnitudes of the updates and puts the directions back.
 
         updates --scope--> magnitudes --bound--> limits --shape--> new magnitudes
@@ -39,8 +52,9 @@ def clip_by(
       the `tree` scope then does not measure again; other extra arguments are ignored.
 
     Raises:
-      TypeError, ValueError: for a bound that is not one; by `init` and `update`, for
-        trees that do not fit.
+      TypeError, ValueError: for a bound that is not one; for one that remembers a
+        window, if the cells are elements; by `init` and `update`, for trees that do not
+        fit.
 
     Examples:
       Every column of a kernel at most a tenth of its own norm, smoothly:
@@ -54,6 +68,12 @@ def clip_by(
       [0.5 0.1]
     """
     bound = bounds.of(bound, "clip_by: bound")
+    if scope.elementwise and bound.window:
+        raise ValueError(
+            "clip_by: bound must not remember a window of magnitudes if every element "
+            f"is a cell, got window={bound.window}: {bound.window} copies of the "
+            "params. Use bounds.tracked_quantile, which takes one, or a coarser scope."
+        )
 
     def init(params):
         # Only shapes are wanted: a norm that is given need not be measured.
@@ -73,7 +93,50 @@ def clip_by(
         )
         return rebuild(kept, alone), learn(kept)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    clip = Clip(init, update)
+    clip.scope, clip.bound, clip.shape = scope, bound, shape
+    return clip
+
+
+@overload
+def recorded(clip: Clip) -> Clip: ...  # pyright: ignore[reportOverlappingOverload]
+@overload
+def recorded(clip: bounds.BoundLike) -> bounds.Bound: ...
+def recorded(clip):
+    """Makes the same clip, or the same bound, which also remembers what was done.
+
+    For a clip it is `clip_by(clip.scope, bounds.recorded(clip.bound), clip.shape)`. See
+    `bounds.recorded` for what is remembered.
+
+    Args:
+      clip: what a named method or `clip_by` made; or a number, a schedule, a bound, or
+        a pytree prefix of these.
+
+    Returns:
+      The same clip, or a bound, with a `Record` in its state, which `records` finds in
+      any optimizer state.
+
+    Raises:
+      TypeError, ValueError: for what is none of these.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, optaxclip
+      >>> tx = optax.chain(optaxclip.recorded(optaxclip.autoclip(50)), optax.sgd(0.1))
+      >>> state = tx.init(jnp.zeros(1))
+      >>> for norm in (1.0, 5.0):
+      ...     _, state = tx.update(jnp.array([norm]), state)
+      >>> (record,) = optaxclip.records(state)
+      >>> print(f"{record.norm:.1f} {record.limit:.1f} {record.clipped_steps}")
+      5.0 3.0 1
+    """
+    if isinstance(clip, Clip):
+        return clip_by(clip.scope, bounds.recorded(clip.bound), clip.shape)
+    if isinstance(clip, optax.GradientTransformation):
+        raise TypeError(
+            "recorded: clip must be made by clip_by, as the named methods are, got "
+            "another gradient transformation. Record the clip inside of it."
+        )
+    return bounds.recorded(clip)
 
 
 def _new_magnitude(shape: Shape, magnitude: jax.Array, limit: jax.Array) -> jax.Array:

@@ -22,16 +22,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from optaxclip import _trees, bounds, norms, scopes, shapes
 from optaxclip._checks import check_number, negated
-from optaxclip.clip import Shape, clip_by
-
-Transformation = optax.GradientTransformationExtraArgs
+from optaxclip.clip import Clip, Shape, clip_by
 
 
-def clip(max_delta: bounds.BoundLike) -> Transformation:
+def clip(max_delta: bounds.BoundLike) -> Clip:
     """Cuts every element to `[-max_delta, max_delta]`.
 
     `u -> sign(u) min(|u|, max_delta)`. Recipe: element x constant x hard.
@@ -63,9 +60,7 @@ def clip(max_delta: bounds.BoundLike) -> Transformation:
     return clip_by(scopes.element(), bounds.of(max_delta, "clip: max_delta"))
 
 
-def clip_by_value(
-    min_value: bounds.BoundLike, max_value: bounds.BoundLike
-) -> Transformation:
+def clip_by_value(min_value: bounds.BoundLike, max_value: bounds.BoundLike) -> Clip:
     """Cuts every element to `[min_value, max_value]`, a range that holds 0.
 
     `u -> min(max(u, min_value), max_value)`. Recipe: side x constant x hard.
@@ -102,7 +97,7 @@ def clip_by_value(
     return clip_by(scopes.side(), ends)
 
 
-def clip_by_block_rms(threshold: bounds.BoundLike) -> Transformation:
+def clip_by_block_rms(threshold: bounds.BoundLike) -> Clip:
     """Scales every array so that the root mean square of its elements is bounded.
 
     `scale = min(1, threshold / rms(u))` per array. Recipe: leaf (rms) x constant x
@@ -134,7 +129,7 @@ def clip_by_block_rms(threshold: bounds.BoundLike) -> Transformation:
 
 def clip_by_leaf_norm(
     max_norm: bounds.BoundLike, *, ord: float | str | None = None
-) -> Transformation:
+) -> Clip:
     """Scales every array so that its norm is bounded.
 
     `scale = min(1, max_norm / |u|)` per array. Recipe: leaf x constant x hard.
@@ -171,7 +166,7 @@ def clip_by_leaf_norm(
 
 def clip_by_unit_norm(
     max_norm: bounds.BoundLike, *, axis: Any = None, ord: float | str | None = None
-) -> Transformation:
+) -> Clip:
     """Scales every unit, a slice that feeds one output, so that its norm is bounded.
 
     `scale = min(1, max_norm / |u|)` per unit. Recipe: unit x constant x hard.
@@ -207,7 +202,7 @@ def clip_by_unit_norm(
 
 def clip_by_group_norm(
     max_norms: bounds.BoundLike, labels: Any, *, ord: float | str | None = None
-) -> Transformation:
+) -> Clip:
     """Scales all leaves of one label together so that their common norm is bounded.
 
     `scale = min(1, max_norms[label] / |u_label|)` per label. Recipe: group x constant x
@@ -250,7 +245,7 @@ def clip_by_global_norm(
     *,
     ord: float | str | None = None,
     shape: Shape | None = None,
-) -> Transformation:
+) -> Clip:
     """Scales all updates by one factor so that their common norm is bounded.
 
     `scale = min(1, max_norm / |u|)`, `|u|` over every element of every leaf. Recipe:
@@ -295,7 +290,7 @@ def clip_by_global_norm(
     return clip_by(scopes.tree(ord), rule, shapes.hard if shape is None else shape)
 
 
-def normalize_by_global_norm(scale: bounds.BoundLike = 1.0) -> Transformation:
+def normalize_by_global_norm(scale: bounds.BoundLike = 1.0) -> Clip:
     """Scales all updates by one factor so that their common norm is `scale`.
 
     `u -> scale u / |u|`; zeros stay zeros. Recipe: tree x constant x normalize.
@@ -326,7 +321,7 @@ def normalize_by_global_norm(scale: bounds.BoundLike = 1.0) -> Transformation:
     return clip_by(scopes.tree(), rule, shapes.normalize)
 
 
-def normalize_by_leaf_norm(scale: bounds.BoundLike = 1.0) -> Transformation:
+def normalize_by_leaf_norm(scale: bounds.BoundLike = 1.0) -> Clip:
     """Scales every array so that its norm is `scale`.
 
     `u -> scale u / |u|` per array; zeros stay zeros. Recipe: leaf x constant x
@@ -358,7 +353,7 @@ def normalize_by_leaf_norm(scale: bounds.BoundLike = 1.0) -> Transformation:
 
 def adaptive_grad_clip(
     clipping: bounds.BoundLike, eps: jax.typing.ArrayLike = 1e-3, axis: Any = None
-) -> Transformation:
+) -> Clip:
     """Scales every unit so that its norm is at most a share of its parameter's norm.
 
     `scale = min(1, clipping * max(|w|, eps) / |u|)` per unit. Recipe: unit x relative x
@@ -395,6 +390,116 @@ def adaptive_grad_clip(
     check_number(eps, "adaptive_grad_clip: eps")
     rule = bounds.relative(clipping, eps, "adaptive_grad_clip: clipping")
     return clip_by(scopes.unit(axis), rule)
+
+
+def clip_by_trust_ratio(ratio: bounds.BoundLike = 1.0) -> Clip:
+    """Scales every array so that its norm is at most a share of its parameter's norm.
+
+    `scale = min(1, ratio * |w| / |u|)` per array; an array whose parameter is 0 is left
+    as it is. Recipe: leaf x relative x hard.
+
+    LAMBC is this after Adam, with 1; LARC is this before SGD, with
+    `ratio = 0.02 / learning_rate`, or `lambda step: 0.02 / schedule(step)`.
+
+    Args:
+      ratio: largest ratio of update norm to parameter norm: a number, a schedule, a
+        bound (of that ratio), or a pytree prefix of the updates.
+
+    Returns:
+      A transformation; without state for numbers. Its `update` needs params.
+
+    Raises:
+      TypeError, ValueError: if `ratio` is not a number >= 0, a schedule or a bound; by
+        `update`, if params are missing or do not match.
+
+    Examples:
+      >>> import jax.numpy as jnp, optaxclip
+      >>> tx = optaxclip.clip_by_trust_ratio()
+      >>> params = {"a": jnp.array([5.0]), "b": jnp.array([0.0])}
+      >>> updates = {"a": jnp.array([9.0]), "b": jnp.array([9.0])}
+      >>> clipped, _ = tx.update(updates, tx.init(params), params)
+      >>> print(clipped["a"], clipped["b"])
+      [5.] [9.]
+
+    References:
+      Fong et al., Improving layer-wise adaptive rate methods using trust ratio
+      clipping, 2020, https://arxiv.org/abs/2011.13584; LARC of NVIDIA Apex, whose
+      weight decay is not part of this.
+    """
+    rule = bounds.relative(ratio, None, "clip_by_trust_ratio: ratio")
+    return clip_by(scopes.leaf(), rule)
+
+
+def normalize_by_trust_ratio(ratio: bounds.BoundLike = 1.0) -> Clip:
+    """Scales every array so that its norm is a share of its parameter's norm.
+
+    `u -> u * ratio * |w| / |u|` per array, the layer-wise rate of LARS and LAMB; an
+    array whose parameter is 0 is left as it is. Recipe: leaf x relative x normalize.
+
+    LAMB is this after Adam, with 1; LARS is this before momentum, with 0.001.
+
+    Args:
+      ratio: ratio of update norm to parameter norm that comes out: a number, a
+        schedule, a bound (of that ratio), or a pytree prefix of the updates.
+
+    Returns:
+      A transformation; without state for numbers. Its `update` needs params.
+
+    Raises:
+      TypeError, ValueError: if `ratio` is not a number >= 0, a schedule or a bound; by
+        `update`, if params are missing or do not match.
+
+    Examples:
+      >>> import jax.numpy as jnp, optaxclip
+      >>> tx = optaxclip.normalize_by_trust_ratio(0.5)
+      >>> params = {"a": jnp.array([4.0]), "b": jnp.array([0.0])}
+      >>> updates = {"a": jnp.array([0.1]), "b": jnp.array([9.0])}
+      >>> scaled, _ = tx.update(updates, tx.init(params), params)
+      >>> print(scaled["a"], scaled["b"])
+      [2.] [9.]
+
+    References:
+      You, Gitman, Ginsburg, Large batch training of convolutional networks, 2017,
+      https://arxiv.org/abs/1708.03888, whose denominator also has the weight decay; You
+      et al., Large batch optimization for deep learning: training BERT in 76 minutes,
+      2020, https://arxiv.org/abs/1904.00962. `optax.scale_by_trust_ratio`.
+    """
+    rule = bounds.relative(ratio, None, "normalize_by_trust_ratio: ratio")
+    return clip_by(scopes.leaf(), rule, shapes.normalize)
+
+
+def adopt_clip(exponent: jax.typing.ArrayLike = 0.25) -> Clip:
+    """Cuts every element to a limit that grows with the number of updates.
+
+    `u -> sign(u) min(|u|, t^exponent)` with t = 1 at the first update. Recipe: element
+    x schedule x hard.
+
+    Args:
+      exponent: how fast the limit grows, >= 0.
+
+    Returns:
+      A transformation with a `bounds.ScheduleState`.
+
+    Raises:
+      TypeError, ValueError: for an exponent that is not a number >= 0.
+
+    Examples:
+      >>> import jax.numpy as jnp, optaxclip
+      >>> tx = optaxclip.adopt_clip(0.5)
+      >>> state = tx.init(jnp.zeros(2))
+      >>> for _ in range(4):
+      ...     updates, state = tx.update(jnp.array([-9.0, 0.5]), state)
+      >>> print(updates)
+      [-2.   0.5]
+
+    References:
+      Taniguchi et al., ADOPT, 2024, https://arxiv.org/abs/2411.02853, on gradients over
+      the root of their second moment. Implementations differ in where they start to
+      count; as in the authors' the first update that is clipped has the limit 1.
+    """
+    check_number(exponent, "adopt_clip: exponent")
+    rule = bounds.schedule(lambda step: (step + 1).astype(float) ** exponent)
+    return clip_by(scopes.element(), rule)
 
 
 def unitwise_clip(

@@ -20,6 +20,7 @@ for bit as they went in. The other laws every scope obeys:
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -42,9 +43,11 @@ class Scope(NamedTuple):
       split: `(updates, norm) -> (magnitudes, rebuild)`. `norm` is None, or the norm of
         the whole tree if the caller knows it; scopes that measure something else
         ignore it.
+      elementwise: whether there are as many cells as elements.
     """
 
     split: Callable[[PyTree, jax.typing.ArrayLike | None], tuple[PyTree, Rebuild]]
+    elementwise: bool = False
 
 
 def element() -> Scope:
@@ -72,7 +75,7 @@ def element() -> Scope:
 
         return part.cells(seen), rebuild
 
-    return Scope(split)
+    return Scope(split, elementwise=True)
 
 
 def side() -> Scope:
@@ -121,7 +124,7 @@ def side() -> Scope:
 
         return seen, rebuild
 
-    return Scope(split)
+    return Scope(split, elementwise=True)
 
 
 def unit(axis: Any = None, ord: float | str | None = None) -> Scope:
@@ -193,6 +196,48 @@ def leaf(ord: float | str | None = None) -> Scope:
             terms = [_terms(*cell) for cell in cells]
             pairs = zip(part.arrays, terms, strict=True)
             return part.replace([_precisely(u, *t) for u, t in pairs])
+
+        return part.cells(seen), rebuild
+
+    return Scope(split)
+
+
+def peak(rescale: bool = False) -> Scope:
+    """Makes every array a cell of which only the largest elements are cut.
+
+    The magnitude is the largest modulus; elements within the new one stay as they are,
+    bit for bit, and those beyond get it: the projection on the ball of the inf norm.
+    `leaf(ord=inf)` has the same magnitudes and scales the array as a whole.
+
+    Args:
+      rescale: elements beyond are multiplied by new / old instead, so that they keep
+        their proportions, but fall below some that were smaller.
+
+    Returns:
+      A scope whose magnitudes have the structure of the updates, each a scalar.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from optaxclip import clip_by, scopes
+      >>> updates = jnp.array([1.0, -4.0, 8.0])
+      >>> print(clip_by(scopes.peak(), 2.0).update(updates, None)[0])
+      [ 1. -2.  2.]
+      >>> print(clip_by(scopes.peak(rescale=True), 2.0).update(updates, None)[0])
+      [ 1. -1.  2.]
+
+    References:
+      With `rescale`, AdaClip of Stable-SPAM: Huang et al., 2025,
+      https://arxiv.org/abs/2502.17055
+    """
+
+    def split(updates, norm):
+        del norm
+        part = _trees.counted(updates)
+        seen = norms.measure(part.arrays, ord=math.inf)
+
+        def rebuild(kept, alone):
+            cells = zip(part.arrays, seen, part.values(kept), part.values(alone))
+            return part.replace([_cut(*cell, rescale) for cell in cells])
 
         return part.cells(seen), rebuild
 
@@ -320,6 +365,21 @@ def _turn(u, seen, kept, alone):
         )
     wide = u.astype(seen.dtype)
     return jnp.where(alone, u, jnp.copysign(kept, wide).astype(u.dtype))
+
+
+def _cut(u, seen, kept, alone, rescale):
+    """Gives the elements beyond the new peak, and the peak itself, a new modulus."""
+    modulus = _modulus(u)
+    finite = jnp.isfinite(seen)
+    beyond = (modulus > kept) | (modulus == seen)
+    still = alone | (finite & ~beyond)
+    new = jnp.where(finite, kept, jnp.nan)
+    if not rescale:
+        return _turn(u, modulus, jnp.broadcast_to(new, u.shape), still)
+    factor = quotient(new, jnp.where(seen > 0, seen, 1))
+    dtype = _trees.widened(u.dtype, seen.dtype)
+    scaled = u.astype(dtype) * lax.full_like(u, factor.astype(dtype), dtype)
+    return jnp.where(still, u, scaled.astype(u.dtype))
 
 
 def _rescaling(

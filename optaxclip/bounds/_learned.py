@@ -1,0 +1,158 @@
+"""How a bound learns: a statistic of every cell that damaged updates cannot reach."""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from optaxclip import _trees
+from optaxclip._checks import check_choice
+from optaxclip.bounds._rules import Bound, refuse_no_state
+
+PyTree = Any
+
+Number = jax.typing.ArrayLike
+Observe = Literal["raw", "kept", "current"]
+
+
+class Statistic(NamedTuple):
+    """What is remembered of the magnitudes of a cell.
+
+    Attributes:
+      state: the class of the state, a NamedTuple.
+      init: a magnitude, or its shape and dtype, to a fresh `state` of arrays whose last
+        axes are those of the magnitude.
+      add: `(state, m) -> state` that has seen one more magnitude, finite and above 0.
+      limit: `(state, m) -> limits` of the magnitude m; inf as long as there is none.
+    """
+
+    state: Any
+    init: Callable[[Any], Any]
+    add: Callable[[Any, jax.Array], Any]
+    limit: Callable[[Any, jax.Array], jax.Array]
+
+
+def learned(statistic: Statistic, observe: str, who: str, window: int = 0) -> Bound:
+    """Makes the bound that a statistic gives.
+
+    Only a magnitude that is finite and above 0 is learned from: one NaN or inf leaves
+    no trace, and zeros never pull a limit down to 0. The rest of the state of that cell
+    stays as it is, to the bit.
+
+    Args:
+      statistic: what is remembered, cell by cell.
+      observe: "raw": the limit sees the past, and the statistic what was measured;
+        "kept": the limit sees the past, and the statistic what the clip kept;
+        "current": the limit sees this update too, and the statistic what was measured;
+        "limited": as "kept", but for what this bound alone would have kept.
+      who: the function of the caller, for messages.
+      window: how many magnitudes are stored of a cell.
+
+    Returns:
+      A bound whose state is `statistic.state`, each field a tree of the structure of
+      the magnitudes.
+    """
+
+    def init(magnitudes):
+        leaves, treedef = jax.tree.flatten(magnitudes)
+        return _by_field(statistic, [statistic.init(m) for m in leaves], treedef)
+
+    def limit(state, magnitudes, own):
+        del own
+        refuse_no_state(state, f"{who}: its bound")
+        treedef = jax.tree.structure(state[0])
+        cells = [
+            statistic.state(*fields)
+            for fields in zip(*map(jax.tree.leaves, state), strict=True)
+        ]
+        seen = _laid_out(treedef, magnitudes, state, who)
+        after = [_grown(statistic, *args) for args in zip(cells, seen, seen)]
+        at = after if observe == "current" else cells
+        limits = [_limit(statistic, *args) for args in zip(at, seen)]
+
+        def learn(kept):
+            if observe in ("raw", "current"):
+                return _by_field(statistic, after, treedef)
+            if observe == "kept":
+                learned_from = treedef.flatten_up_to(kept)
+            else:
+                learned_from = [
+                    m if _trees.absent(m) else jnp.minimum(m, c)
+                    for m, c in zip(seen, limits)
+                ]
+            grown = [
+                _grown(statistic, *args) for args in zip(cells, seen, learned_from)
+            ]
+            return _by_field(statistic, grown, treedef)
+
+        return treedef.unflatten(limits), learn
+
+    return Bound(init, limit, window)
+
+
+def check_observe(observe: Any, who: str) -> None:
+    """Refuses what is no way of observing."""
+    check_choice(observe, f"{who}: observe", ("raw", "kept", "current"))
+
+
+def observed(seen: jax.Array, kept: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns whether a magnitude is learned from, and the magnitude or else 1."""
+    used = jnp.isfinite(seen) & (seen > 0) & jnp.isfinite(kept) & (kept > 0)
+    return used, jnp.where(used, kept, jnp.ones_like(kept))
+
+
+def enough(count: jax.Array, warmup: Number, least: int = 1) -> jax.Array:
+    """Whether a cell has seen its warm-up, and the least that a statistic needs."""
+    needed = jnp.maximum(jnp.asarray(warmup), least)
+    return count.astype(needed.dtype) >= needed
+
+
+def floating(count: jax.Array, like: jax.Array) -> jax.Array:
+    """A count in the dtype of a magnitude."""
+    return count.astype(like.dtype)
+
+
+def _grown(statistic: Statistic, cell: Any, seen: Any, kept: Any) -> Any:
+    """The state of a cell after one more update; the same if it had none."""
+    if _trees.absent(seen):
+        return cell
+    dtype = _dtype(cell)
+    used, safe = observed(seen.astype(dtype), kept.astype(dtype))
+
+    def choose(new, old):
+        return jnp.where(jnp.broadcast_to(used, old.shape), new.astype(old.dtype), old)
+
+    return jax.tree.map(choose, statistic.add(cell, safe), cell)
+
+
+def _limit(statistic: Statistic, cell: Any, seen: Any) -> Any:
+    if _trees.absent(seen):
+        return seen
+    return statistic.limit(cell, seen.astype(_dtype(cell))).astype(seen.dtype)
+
+
+def _dtype(cell: Any) -> Any:
+    """The dtype in which a statistic is kept, fixed by `init`."""
+    dtypes = [field.dtype for field in cell]
+    return next(dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.floating))
+
+
+def _by_field(statistic: Statistic, cells: list[Any], treedef: Any) -> Any:
+    """Turns a list of states into a state of trees."""
+    names = statistic.state._fields
+    return statistic.state(
+        *(treedef.unflatten([getattr(c, name) for c in cells]) for name in names)
+    )
+
+
+def _laid_out(treedef: Any, magnitudes: PyTree, state: Any, who: str) -> list[Any]:
+    """The magnitudes in the order of the cells; None where there is no update."""
+    try:
+        return treedef.flatten_up_to(magnitudes)
+    except ValueError:
+        where = _trees.first_difference(state[0], magnitudes, "state", "update")
+        raise ValueError(
+            f"{who}: updates must have the leaves that init saw, {where}. Pass the "
+            "state that tx.init made of these params."
+        ) from None
