@@ -4,7 +4,7 @@ Nothing is run and no array is made, so the figures are the same on every run.
 """
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, get_type_hints
 
 import jax
@@ -18,7 +18,7 @@ from benchmarks.measure import Cost, Figure, cost
 PyTree = Any
 
 _LINE_SHAPES = ((8, 16), (16,), (16, 16), (4, 8, 2), (32,))
-_HOST = ("callback", "debug_print", "infeed", "outfeed")
+HOST = ("callback", "debug_print", "infeed", "outfeed")
 
 
 def abstract(*shapes: tuple[int, ...]) -> list[jax.ShapeDtypeStruct]:
@@ -109,10 +109,23 @@ def stablehlo_lines() -> Iterator[Figure]:
 
 def no_host_callbacks() -> Iterator[Figure]:
     """Host callbacks in the update of every public factory."""
-    counts = {n: len(host_primitives(update_jaxpr(t))) for n, t in factories().items()}
+    counts = {
+        name: len(named_primitives(update_jaxpr(tx), HOST))
+        for name, tx in factories().items()
+    }
     guilty: dict[str, float] = {name: count for name, count in counts.items() if count}
     what = f"{len(counts)} factories"
     yield Figure(what, sum(counts.values()), "callbacks", 0, guilty)
+
+
+def no_sorts() -> Iterator[Figure]:
+    """Sorts in the update of every public factory, for a tree of two leaves."""
+    counts = {
+        name: len(named_primitives(update_jaxpr(tx), ("sort",)))
+        for name, tx in factories().items()
+    }
+    guilty: dict[str, float] = {name: count for name, count in counts.items() if count}
+    yield Figure(f"{len(counts)} factories", sum(counts.values()), "sorts", 0, guilty)
 
 
 def factories() -> dict[str, optax.GradientTransformation]:
@@ -144,17 +157,17 @@ def update_jaxpr(tx: optax.GradientTransformation) -> Jaxpr:
     return jax.make_jaxpr(tx.update)(params, state, params).jaxpr
 
 
-def host_primitives(jaxpr: Jaxpr) -> list[str]:
-    """Lists the primitives that need the host, in inner programs too."""
+def named_primitives(jaxpr: Jaxpr, words: Sequence[str]) -> list[str]:
+    """Lists the primitives with one of the words in their name, however deep inside."""
     found = []
     for eqn in jaxpr.eqns:
-        if any(word in eqn.primitive.name for word in _HOST):
+        if any(word in eqn.primitive.name for word in words):
             found.append(eqn.primitive.name)
         for inner in jax.tree.leaves(list(eqn.params.values())):
             if isinstance(inner, ClosedJaxpr):
                 inner = inner.jaxpr
             if isinstance(inner, Jaxpr):
-                found += host_primitives(inner)
+                found += named_primitives(inner, words)
     return found
 
 
@@ -168,6 +181,8 @@ def _returned(function: Any) -> type:
 
 def _arguments(factory: Callable) -> list[Any]:
     values = {
+        "after": 2.0,
+        "before": 1.0,
         "bound": 1.0,
         "clip": optaxclip.clip_by_global_norm(1.0),
         "clipping": 0.1,
@@ -178,7 +193,7 @@ def _arguments(factory: Callable) -> list[Any]:
         "max_norms": {"a": 1.0, "b": 2.0},
         "max_value": 1.0,
         "min_value": -1.0,
-        "ratio": 0.1,
+        "ratio": 2.0,
         "scope": optaxclip.scopes.tree(),
         "threshold": 1.0,
         "value": 1.0,
@@ -196,5 +211,5 @@ def _arguments(factory: Callable) -> list[Any]:
 
 CASES = {
     case.__name__: case
-    for case in (chain_adam_bytes, stablehlo_lines, no_host_callbacks)
+    for case in (chain_adam_bytes, stablehlo_lines, no_host_callbacks, no_sorts)
 }

@@ -25,6 +25,22 @@ from optaxclip import norms
 PyTree = Any
 
 _SIZE = 16 * 2**20
+_UPDATES = 200
+_LEARNED = [
+    getattr(optaxclip.bounds, name)
+    for name in (
+        "percentile",
+        "median_mad",
+        "streaming_quantile",
+        "tracked_quantile",
+        "mean",
+        "mean_std",
+        "zscore",
+        "ema",
+        "growth",
+        "mean_over_rms",
+    )
+]
 _LIBRARIES = {"optaxclip": optaxclip, "optax": optax}
 
 
@@ -97,6 +113,61 @@ def safe_norm() -> Iterator[Figure]:
         yield Figure(f"1 x 16M, times {scale:g}", ours, "relative error", 1e-5, errors)
 
 
+def window_percentile() -> Iterator[Figure]:
+    """bounds.percentile on a full window, beside jnp.percentile on a ring."""
+    for window, target in ((100, 1.0), (1000, 0.2), (10_000, 0.1)):
+        norms_T = jnp.exp(jax.random.normal(jax.random.key(0), (_UPDATES,)))
+        full = jnp.exp(jax.random.normal(jax.random.key(1), (window,)))
+        ours = _followed(optaxclip.bounds.percentile(10.0, window=window))
+        state = optaxclip.bounds.WindowState(full, jnp.sort(full), jnp.int32(window))
+        theirs = _sorted_every_time(window)
+        contestants: dict[str, Callable[[], float]] = {
+            "kept in order": functools.partial(clock, ours, norms_T, state),
+            "jnp.percentile": functools.partial(clock, theirs, norms_T, full),
+        }
+        seconds = side_by_side(contestants, rounds=11)
+        what = f"window {window}"
+        yield ratio(what, seconds, "kept in order", "jnp.percentile", target)
+        per_update = np.median(seconds["kept in order"]) / _UPDATES * 1e6
+        yield Figure(what, float(per_update), "us per update", None, {})
+
+
+def learned_bounds() -> Iterator[Figure]:
+    """What a learned bound adds per update, of one magnitude, window 1000."""
+    norms_T = jnp.exp(jax.random.normal(jax.random.key(0), (_UPDATES,)))
+    for rule in _LEARNED:
+        bound = rule()
+        run = _followed(bound)
+        once = functools.partial(clock, run, norms_T, bound.init(norms_T[0]))
+        seconds = side_by_side({"": once}, rounds=11)[""]
+        per_update = float(np.median(seconds)) / _UPDATES * 1e6
+        yield Figure(f"bounds.{rule.__name__}", per_update, "us per update", None, {})
+
+
+def _followed(bound: optaxclip.bounds.Bound) -> Callable:
+    """Returns a program that follows a bound along a sequence of norms."""
+
+    def step(state, norm):
+        limit, learn = bound.limit(state, norm, lambda who: norm)
+        return learn(jnp.minimum(norm, limit)), limit
+
+    return jax.jit(lambda norms_T, state: jax.lax.scan(step, state, norms_T)[1])
+
+
+def _sorted_every_time(window: int) -> Callable:
+    """Returns a program that takes the percentile of a ring at every step."""
+
+    def step(carry, norm):
+        ring, place = carry
+        ring = jax.lax.dynamic_update_index_in_dim(ring, norm, place % window, 0)
+        return (ring, place + 1), jnp.percentile(ring, 10.0)
+
+    def run(norms_T, ring):
+        return jax.lax.scan(step, (ring, jnp.int32(0)), norms_T)[1]
+
+    return jax.jit(run)
+
+
 def _compile(leaves: int, target: float, rounds: int) -> Figure:
     """Compiles in fresh processes, for the order in one process matters."""
     root = Path(__file__).resolve().parent.parent
@@ -167,6 +238,8 @@ CASES = {
         standalone_clipping,
         chain_adam_update,
         safe_norm,
+        window_percentile,
+        learned_bounds,
         compile_leaves,  # last, for it keeps every core busy
         compile_leaves_3000,
     )

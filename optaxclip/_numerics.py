@@ -22,10 +22,18 @@ def _quotient_jvp(primals, tangents):
 
 
 def hypot(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Returns sqrt(a^2 + b^2) for a, b >= 0 without forming a square of either.
+    """Returns sqrt(a^2 + b^2) for a, b >= 0, right wherever it is representable.
 
-    The derivative is finite everywhere, (0, 0) included.
+    Very large and very small arguments are scaled by a power of two, exactly. There is
+    no division, whose result XLA writes to memory before it is used twice. The
+    derivative is finite everywhere, (0, 0) included.
     """
+    digits = jnp.finfo(a.dtype).maxexp
     larger = jnp.maximum(a, b)
-    ratio = quotient(jnp.minimum(a, b), jnp.where(larger > 0, larger, 1))
-    return larger * jnp.sqrt(1 + ratio * ratio)
+    large, small = larger > 2.0 ** (digits * 3 // 8), larger < 2.0 ** (-digits * 3 // 8)
+    down, up = 2.0 ** (-digits * 5 // 8), 2.0 ** (digits * 5 // 8)
+    scale = jnp.where(large, down, jnp.where(small, up, 1)).astype(a.dtype)
+    back = jnp.where(large, up, jnp.where(small, down, 1)).astype(a.dtype)
+    square = (a * scale) ** 2 + (b * scale) ** 2
+    positive = square > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1)) * back, 0)

@@ -13,8 +13,10 @@ plus 1e-6 or so; and states are as `optaxclip.bounds` lists them.
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 
 from optaxclip import bounds, scopes, shapes
+from optaxclip._checks import check_count
 from optaxclip.clip import Clip, clip_by
 
 Number = jax.typing.ArrayLike
@@ -471,7 +473,8 @@ def spam_clip(
     """Cuts every element whose square is so many times its running mean square.
 
     `u -> sign(u) min(|u|, sqrt(threshold * v))`, then `v <- decay v + (1 - decay) u^2`
-    with the u that was cut, as Adam keeps v. Recipe: element x second_moment x hard.
+    with the u that was cut, as Adam keeps v. Recipe: element x at_least(schedule,
+    second_moment) x hard.
 
     Args:
       threshold: largest square over the mean square, > 1.
@@ -479,7 +482,8 @@ def spam_clip(
       warmup: number of updates before anything is cut; the twentieth is the first.
 
     Returns:
-      A clip with a `bounds.SecondMomentState`, one copy of the updates.
+      A clip with a `bounds.ScheduleState` and a `bounds.SecondMomentState`, one copy of
+      the updates.
 
     Raises:
       TypeError, ValueError: as `bounds.second_moment` does.
@@ -500,8 +504,12 @@ def spam_clip(
       (there every so many steps, with Adam's), and an element that was always 0 is free
       at first, where there it is cut to 0.
     """
-    bound = bounds.second_moment(threshold, decay=decay, warmup=warmup, who="spam_clip")
-    return clip_by(scopes.element(), bound)
+    check_count(warmup, "spam_clip: warmup")
+    learned = bounds.second_moment(threshold, decay=decay, who="spam_clip")
+    free = bounds.schedule(
+        lambda step: jnp.where(step.astype(float) < warmup, jnp.inf, 0.0)
+    )
+    return clip_by(scopes.element(), bounds.at_least(free, learned))
 
 
 def adanorm(decay: Number = 0.95) -> Clip:

@@ -3,6 +3,7 @@
 import re
 
 import jax
+import jax.numpy as jnp
 import optax
 import pytest
 
@@ -91,13 +92,19 @@ FACTORIES = gates.factories()
 
 
 @pytest.mark.parametrize("name", FACTORIES)
-def test_no_factory_calls_back_to_the_host(name):
-    assert gates.host_primitives(gates.update_jaxpr(FACTORIES[name])) == []
+def test_no_factory_calls_back_to_the_host_or_sorts(name):
+    jaxpr = gates.update_jaxpr(FACTORIES[name])
+    assert gates.named_primitives(jaxpr, (*gates.HOST, "sort")) == []
 
 
-def test_every_factory_that_optax_has_is_among_those_looked_at():
+def test_every_kind_of_factory_is_among_those_looked_at():
     shared = {"clip", "clip_by_block_rms", "clip_by_global_norm", "adaptive_grad_clip"}
-    assert shared | {"recorded", "bounds.relative"} <= set(FACTORIES)
+    assert shared | {"bounds.recorded", "zclip", "clippy"} <= set(FACTORIES)
+
+
+def test_every_public_bound_is_among_those_looked_at():
+    looked_at = {name.removeprefix("bounds.") for name in FACTORIES}
+    assert {n for n in optaxclip.bounds.__all__ if n.islower()} <= looked_at
 
 
 def test_a_callback_inside_a_loop_would_be_found():
@@ -112,7 +119,17 @@ def test_a_callback_inside_a_loop_would_be_found():
         return {**updates, "bias": looped}, state
 
     tx = optax.GradientTransformation(optax.init_empty_state, update)
-    assert gates.host_primitives(gates.update_jaxpr(tx)) != []
+    assert gates.named_primitives(gates.update_jaxpr(tx), gates.HOST) != []
+
+
+def test_a_percentile_kept_in_order_does_not_sort_where_jnp_does():
+    def update(updates, state, params):
+        del params
+        most = jnp.percentile(updates["kernel"], 10.0)
+        return jax.tree.map(lambda u: jnp.minimum(u, most), updates), state
+
+    tx = optax.GradientTransformation(optax.init_empty_state, update)
+    assert gates.named_primitives(gates.update_jaxpr(tx), ("sort",)) != []
 
 
 def test_a_figure_is_judged_by_its_target_and_its_noise():

@@ -23,9 +23,8 @@ from optaxclip.bounds._learned import (
     enough,
     floating,
     learned,
-    observed,
 )
-from optaxclip.bounds._rules import Bound, cast, refuse_no_state
+from optaxclip.bounds._rules import Bound, cast
 
 PyTree = Any
 
@@ -52,10 +51,9 @@ class GrowthState(NamedTuple):
 
 
 class SecondMomentState(NamedTuple):
-    """State of `second_moment`."""
+    """State of `second_moment`, in the structure of the magnitudes."""
 
-    rms: PyTree  # root of the mean square, in the structure of the magnitudes
-    steps: jax.Array  # updates learned from; shape=(), dtype=jnp.int32
+    rms: PyTree  # root of the mean square; 0 before the first
 
 
 def mean(
@@ -310,13 +308,12 @@ def second_moment(
     threshold: Number = 5000.0,
     *,
     decay: Number = 0.999,
-    warmup: Number = 1,
     who: str = "bounds.second_moment",
 ) -> Bound:
     """Makes the bound that is a multiple of the running mean square.
 
     `limit = sqrt(threshold * v)`, and then `v <- decay v + (1 - decay) m^2`, from v = 0
-    and without debiasing, as Adam keeps it.
+    and without debiasing, as Adam keeps it. A cell that saw nothing yet has no limit.
 
     Made for the scope `element`, where its state is one copy of the updates. Sees the
     past and learns from what the clip kept. Release: by the factor
@@ -325,8 +322,6 @@ def second_moment(
     Args:
       threshold: largest square over the mean square, > 1.
       decay: share of the mean square that is kept at every update, in [0, 1).
-      warmup: number of updates, counted for all cells together, without a limit; nor
-        has a cell one that saw nothing yet.
       who: the function of the caller, for messages.
 
     Returns:
@@ -334,7 +329,7 @@ def second_moment(
 
     Raises:
       TypeError, ValueError: for `threshold` <= 1, with which the limit could only fall,
-        `decay` outside [0, 1) and `warmup` < 0.
+        and `decay` outside [0, 1).
 
     Examples:
       >>> import jax.numpy as jnp, optaxclip
@@ -352,35 +347,20 @@ def second_moment(
     """
     _check_rises(threshold, f"{who}: threshold")
     check_decay(decay, f"{who}: decay")
-    check_count(warmup, f"{who}: warmup")
 
-    def init(magnitudes):
-        zeros = jax.tree.map(lambda m: jnp.zeros(m.shape, m.dtype), magnitudes)
-        return SecondMomentState(zeros, jnp.zeros((), jnp.int32))
+    def limit(state, m):
+        root = jnp.sqrt(jnp.maximum(cast(threshold, m), 0))
+        return _multiple(root, state.rms, state.rms > 0)
 
-    def limit(state, magnitudes, own):
-        del own
-        refuse_no_state(state, f"{who}: its bound")
-
-        def most(m, rms):
-            root = jnp.sqrt(jnp.maximum(cast(threshold, m), 0))
-            ready = (rms > 0) & (state.steps.astype(m.dtype) >= cast(warmup, m))
-            return _multiple(root, rms.astype(m.dtype), ready)
-
-        def grown(m, kept, rms):
-            used, safe = observed(m.astype(rms.dtype), kept.astype(rms.dtype))
-            return jnp.where(used, _rooted(rms, safe, running_rate(decay, rms)), rms)
-
-        def learn(kept):
-            used = [jnp.any(jnp.isfinite(m) & (m > 0)) for m in jax.tree.leaves(kept)]
-            some = jnp.any(jnp.stack(used)) if used else jnp.array(False)
-            steps = jnp.where(some, optax.safe_increment(state.steps), state.steps)
-            rms = jax.tree.map(grown, magnitudes, kept, state.rms)
-            return SecondMomentState(rms, jnp.asarray(steps))
-
-        return jax.tree.map(most, magnitudes, state.rms), learn
-
-    return Bound(init, limit)
+    statistic = Statistic(
+        SecondMomentState,
+        lambda m: SecondMomentState(jnp.zeros(m.shape, m.dtype)),
+        lambda state, m: SecondMomentState(
+            _rooted(state.rms, m, running_rate(decay, m))
+        ),
+        limit,
+    )
+    return learned(statistic, "kept", who)
 
 
 def _fresh_mean(m: Any) -> MeanState:
