@@ -127,19 +127,21 @@ def acclip(
     check_decay(decay, "acclip: decay")
     check_number(eps, "acclip: eps")
 
-    def init(params):
+    def wide(params):
         part = _trees.counted(params)
         real = [_trees.widest(p.dtype) for p in part.arrays]
+        pairs = list(zip(part.arrays, real))
         return AcclipState(
             momentum=part.cells(
-                [
-                    jnp.zeros(p.shape, _trees.widened(p.dtype, dtype))
-                    for p, dtype in zip(part.arrays, real)
-                ]
+                [p.astype(_trees.widened(p.dtype, r)) for p, r in pairs]
             ),
-            level=part.cells(
-                [jnp.zeros(p.shape, dtype) for p, dtype in zip(part.arrays, real)]
-            ),
+            level=part.cells([jnp.abs(p).astype(r) for p, r in pairs]),
+        )
+
+    def init(params):
+        # Only shapes are wanted.
+        return jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(wide, params)
         )
 
     def update(updates, state, params=None, **extra_args):

@@ -89,7 +89,10 @@ def clip_by(scope: Scope, bound: bounds.BoundLike, shape: Shape = shapes.hard) -
         limits, learn = bound.limit(state, seen, own)
         kept = jax.tree.map(lambda m, c: _new_magnitude(shape, m, c), seen, limits)
         alone = jax.tree.map(
-            lambda m, c, k: (k == m) | (c == jnp.inf), seen, limits, kept
+            lambda m, c, k: ((k == m) & (m < jnp.inf)) | (c == jnp.inf),
+            seen,
+            limits,
+            kept,
         )
         return rebuild(kept, alone), learn(kept)
 

@@ -371,11 +371,11 @@ def _cut(u, seen, kept, alone, rescale):
     """Gives the elements beyond the new peak, and the peak itself, a new modulus."""
     modulus = _modulus(u)
     finite = jnp.isfinite(seen)
-    beyond = (modulus > kept) | (modulus == seen)
+    beyond = ~(modulus <= kept) | (modulus == seen)  # all of them if kept is NaN
     still = alone | (finite & ~beyond)
     new = jnp.where(finite, kept, jnp.nan)
     if not rescale:
-        return _turn(u, modulus, jnp.broadcast_to(new, u.shape), still)
+        return _turn(u, modulus, lax.full_like(modulus, new), still)
     factor = quotient(new, jnp.where(seen > 0, seen, 1))
     dtype = _trees.widened(u.dtype, seen.dtype)
     scaled = u.astype(dtype) * lax.full_like(u, factor.astype(dtype), dtype)

@@ -419,5 +419,5 @@ def _check_rises(value: Number, who: str) -> None:
         who,
         "> 1",
         lambda value: value > 1,
-        "What is kept is learned from, so with 1 or less the limit could only fall.",
+        "Pass a larger one: it learns what is kept, and could only fall.",
     )

@@ -238,13 +238,17 @@ def jointly(bound: BoundLike, who: str = "bounds.jointly: bound") -> Bound:
         most, learn = inner.limit(
             state, total, lambda who: norms.tree_norm(own(who)).astype(total.dtype)
         )
-        share = quotient(most, jnp.where(total > 0, total, 1))
-        share = jnp.minimum(share, jnp.finfo(total.dtype).max)
-        share = jnp.where(jnp.isfinite(total), share, jnp.nan)
+        positive = jnp.where(total > 0, total, 1)
+        finite = jnp.where(most == jnp.inf, 1, most)
 
         def lay(m):
-            own_share = jnp.where(total > 0, m * share.astype(m.dtype), most)
-            return jnp.where(most == jnp.inf, most, own_share).astype(m.dtype)
+            seen = m.astype(total.dtype)
+            # m / n first, for the derivative of c / n leaves the range of floats.
+            limit = quotient(seen, positive) * finite
+            limit = jnp.where(total <= most, jnp.maximum(limit, seen), limit)
+            limit = jnp.where(total == 0, most, limit)
+            limit = jnp.where(jnp.isfinite(total), limit, jnp.nan)
+            return jnp.where(most == jnp.inf, most, limit).astype(m.dtype)
 
         limits = jax.tree.map(lay, magnitudes)
         return limits, lambda kept: learn(norms.tree_norm(kept).astype(total.dtype))

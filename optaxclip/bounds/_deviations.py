@@ -155,10 +155,11 @@ def zscore(
     `var <- decay var + (1 - decay) (x - mean)^2` with the new mean.
 
     Sees the past. Learns from x: a spike counts as its limit, whatever the clip as a
-    whole kept. Release: with "limit" a lasting change of scale is followed, for the
-    deviation grows by 7 % per update or more. With "reciprocal" and "mean" a spike
-    counts as the mean, so after a jump by several deviations that lasts *the bound never
-    comes back up*: `tracked_quantile`, `percentile` and `ema` do.
+    whole kept. Release: with "limit" and z > 1 / decay a lasting change of scale is
+    followed: the deviation grows by sqrt(decay + (1 - decay) decay^2 z^2) per update, by
+    7 % with the defaults. With a smaller z it shrinks instead, and with "reciprocal" and
+    "mean" a spike counts as the mean, so after a jump by several deviations that lasts
+    *the bound never comes back up*: `tracked_quantile`, `percentile` and `ema` do.
 
     Args:
       z: number of deviations, > 0.

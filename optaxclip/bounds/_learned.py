@@ -56,7 +56,9 @@ def learned(statistic: Statistic, observe: str, who: str, window: int = 0) -> Bo
 
     def init(magnitudes):
         leaves, treedef = jax.tree.flatten(magnitudes)
-        return _by_field(statistic, [statistic.init(m) for m in leaves], treedef)
+        fresh = [statistic.init(m) for m in leaves]
+        # Each a buffer of its own, so that the state can be donated.
+        return _by_field(statistic, jax.tree.map(jnp.copy, fresh), treedef)
 
     def limit(state, magnitudes, own):
         del own
@@ -96,12 +98,6 @@ def check_observe(observe: Any, who: str) -> None:
     check_choice(observe, f"{who}: observe", ("raw", "kept", "current"))
 
 
-def observed(seen: jax.Array, kept: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns whether a magnitude is learned from, and the magnitude or else 1."""
-    used = jnp.isfinite(seen) & (seen > 0) & jnp.isfinite(kept) & (kept > 0)
-    return used, jnp.where(used, kept, jnp.ones_like(kept))
-
-
 def enough(count: jax.Array, warmup: Number, least: int = 1) -> jax.Array:
     """Whether a cell has seen its warm-up, and the least that a statistic needs."""
     needed = jnp.maximum(jnp.asarray(warmup), least)
@@ -118,12 +114,18 @@ def _grown(statistic: Statistic, cell: Any, seen: Any, kept: Any) -> Any:
     if _trees.absent(seen):
         return cell
     dtype = _dtype(cell)
-    used, safe = observed(seen.astype(dtype), kept.astype(dtype))
+    used, safe = _observed(seen.astype(dtype), kept.astype(dtype))
 
     def choose(new, old):
         return jnp.where(jnp.broadcast_to(used, old.shape), new.astype(old.dtype), old)
 
     return jax.tree.map(choose, statistic.add(cell, safe), cell)
+
+
+def _observed(seen: jax.Array, kept: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns whether a magnitude is learned from, and the magnitude or else 1."""
+    used = jnp.isfinite(seen) & (seen > 0) & jnp.isfinite(kept) & (kept > 0)
+    return used, jnp.where(used, kept, jnp.ones_like(kept))
 
 
 def _limit(statistic: Statistic, cell: Any, seen: Any) -> Any:

@@ -129,8 +129,8 @@ def percentile(
 
     def limit(state, m):
         filled = jnp.minimum(state.count, window)
-        share = jnp.clip(cast(percentile, m) / 100, 0, 1)
-        value = _interpolated(state.ordered, filled, share)
+        rank = jnp.clip(cast(percentile, m), 0, 100) * _last(filled, m) / 100
+        value = _interpolated(state.ordered, filled, rank)
         return jnp.where(enough(filled, warmup), value, jnp.inf)
 
     return learned(_windowed(window, limit), observe, who, window)
@@ -188,7 +188,7 @@ def median_mad(
 
     def limit(state, m):
         filled = jnp.minimum(state.count, window)
-        median = _interpolated(state.ordered, filled, cast(0.5, m))
+        median = _interpolated(state.ordered, filled, _last(filled, m) / 2)
         mad = _median_distance(state.ordered, filled, median)
         value = median + jnp.maximum(cast(k, m), 0) * cast(_NORMAL_MAD, m) * mad
         return jnp.where(enough(filled, warmup), value, jnp.inf)
@@ -273,7 +273,7 @@ def streaming_quantile(
 
     def limit(state, m):
         filled = jnp.minimum(state.count, 5)
-        few = _interpolated(state.heights, filled, share(m))
+        few = _interpolated(state.heights, filled, share(m) * _last(filled, m))
         value = jnp.where(state.count <= 5, few, state.heights[2])
         return jnp.where(enough(state.count, warmup), value, jnp.inf)
 
@@ -345,7 +345,7 @@ def tracked_quantile(
             f"{who}: {name}",
             "> 0",
             lambda v: v > 0,
-            "With 0 the limit would never move.",
+            "Pass a larger one: with 0 the limit would never move.",
         )
     check_choice(step, f"{who}: step", ("geometric", "arithmetic"))
 
@@ -368,8 +368,8 @@ def _check_window(window: Any, warmup: Number, who: str) -> int:
     check_count(warmup, f"{who}: warmup")
     if isinstance(warmup, float | int) and warmup > size:
         raise ValueError(
-            f"{who}: warmup must be at most window={size}, got warmup={warmup!r}. The "
-            "limit would never be used."
+            f"{who}: warmup must be at most window={size}, got warmup={warmup!r}. "
+            "Pass a smaller one: the limit would never be used."
         )
     return size
 
@@ -382,11 +382,11 @@ def _windowed(window: int, limit: Any) -> Statistic:
         return WindowState(empty, empty, jnp.zeros(m.shape, jnp.int32))
 
     def add(state, m):
-        here = _column(jnp.arange(window), m.ndim) == state.count % window
+        here = _column(jnp.arange(window), m.ndim) == (state.count % window)[None]
         oldest = jnp.sum(jnp.where(here, state.ring, 0), 0)
         after = state.count + 1
         return WindowState(
-            jnp.where(here, m, state.ring),
+            jnp.where(here, m[None], state.ring),
             _replaced(state.ordered, oldest, m),
             jnp.where(after == 2 * window, window, after),
         )
@@ -397,6 +397,7 @@ def _windowed(window: int, limit: Any) -> Statistic:
 def _replaced(ordered: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
     """Deletes a value from an ascending array, and inserts another."""
     inf = jnp.asarray(jnp.inf, ordered.dtype)
+    old, new = old[None], new[None]
     deleted = jnp.where(ordered < old, ordered, _shifted(ordered, -1, inf))
     before = _shifted(deleted, 1, -inf)
     return jnp.where(deleted <= new, deleted, jnp.maximum(before, new))
@@ -406,10 +407,14 @@ def _shifted(values: jax.Array, by: int, fill: jax.Array) -> jax.Array:
     return lax.pad(values, fill, [(by, -by, 0)] + [(0, 0, 0)] * (values.ndim - 1))
 
 
-def _interpolated(ordered: jax.Array, filled: jax.Array, share: jax.Array) -> jax.Array:
-    """The quantile of the first values of an ascending array, as NumPy's "linear"."""
+def _last(filled: jax.Array, like: jax.Array) -> jax.Array:
+    """The rank, from 0, of the last of so many values."""
+    return jnp.maximum(filled - 1, 0).astype(like.dtype)
+
+
+def _interpolated(ordered: jax.Array, filled: jax.Array, rank: jax.Array) -> jax.Array:
+    """The value of a rank of an ascending array, between two of the first values."""
     last = jnp.maximum(filled - 1, 0)
-    rank = share * last.astype(ordered.dtype)
     low = jnp.floor(rank)
     index = low.astype(jnp.int32)
     below = _picked(ordered, index)
@@ -431,10 +436,10 @@ def _median_distance(
     starts = _column(jnp.arange(window), filled.ndim)
 
     def distance(h):
-        ends = jnp.minimum(starts + jnp.maximum(h - 1, 0), window - 1)
+        ends = jnp.minimum(starts + jnp.maximum(h - 1, 0)[None], window - 1)
         far = jnp.take_along_axis(ordered, jnp.broadcast_to(ends, ordered.shape), 0)
-        widest = jnp.maximum(median - ordered, far - median)
-        fits = starts + h <= filled
+        widest = jnp.maximum(median[None] - ordered, far - median[None])
+        fits = starts + h[None] <= filled[None]
         return jnp.min(jnp.where(fits, widest, jnp.inf), 0)
 
     value = (distance((filled + 1) // 2) + distance(filled // 2 + 1)) / 2
