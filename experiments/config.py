@@ -33,7 +33,7 @@ class RowsConfig:
     lr: tuple[float, ...]
     """Learning rates; every clip is run at each."""
     clip: tuple[str, ...]
-    """Clips: none, or NAME:THRESHOLD[,OPTION=VALUE...]."""
+    """Clips: none, NAME or NAME:ARGUMENTS, as in autoclip:10,window=500."""
     seed: int = 0
     """First seed; it decides initial values and batches."""
     seeds: int = 5
@@ -47,8 +47,9 @@ class RowsConfig:
 
     def __post_init__(self) -> None:
         """Refuses impossible values."""
-        _check_grid(self.lr, self.clip)
-        _require(0 <= self.seed < 2**31, "seed", "in [0, 2**31)", self.seed)
+        _check_lrs(self.lr)
+        _check_clips(self.clip)
+        _check_seed(self.seed)
         for name in ("hidden", "seeds", "updates", "batch"):
             _require(getattr(self, name) >= 1, name, ">= 1", getattr(self, name))
 
@@ -61,7 +62,7 @@ class CliffConfig:
     lr: tuple[float, ...]
     """Learning rates; every clip is run at each."""
     clip: tuple[str, ...]
-    """Clips: none, or NAME:THRESHOLD[,OPTION=VALUE...]."""
+    """Clips: none, NAME or NAME:ARGUMENTS, as in autoclip:10,window=500."""
     starts: int = 24
     """Starts per side of the square grid."""
     updates: int = 1000
@@ -69,22 +70,53 @@ class CliffConfig:
 
     def __post_init__(self) -> None:
         """Refuses impossible values."""
-        _check_grid(self.lr, self.clip)
+        _check_lrs(self.lr)
+        _check_clips(self.clip)
         _require(self.starts >= 2, "starts", ">= 2", self.starts)
         _require(self.updates >= 1, "updates", ">= 1", self.updates)
 
 
-Config = RowsConfig | CliffConfig
+@dataclasses.dataclass(frozen=True)
+class LimitsConfig:
+    """Norms that are fed to clips, whose limits are compared; nothing is trained."""
+
+    experiment: tyro.conf.Suppress[str]
+    clip: tuple[str, ...]
+    """Clips: none, NAME or NAME:ARGUMENTS, as in autoclip:10,window=500."""
+    seed: int = 0
+    """Seed of the norms; every clip sees the same ones."""
+    updates: int = 400
+    """Number of norms; what happens to them happens at fixed shares of it."""
+
+    def __post_init__(self) -> None:
+        """Refuses impossible values."""
+        _check_clips(self.clip)
+        _check_seed(self.seed)
+        _require(self.updates >= 100, "updates", ">= 100", self.updates)
 
 
-def _check_grid(lrs: tuple[float, ...], specs: tuple[str, ...]) -> None:
-    for name, values in (("lr", lrs), ("clip", specs)):
-        once = len(values) == len(set(values)) > 0
-        _require(once, name, "one or more different values", values)
+Config = RowsConfig | CliffConfig | LimitsConfig
+
+
+def _check_lrs(lrs: tuple[float, ...]) -> None:
+    _check_different("lr", lrs)
     for lr in lrs:
         _require(0 < lr < math.inf, "lr", "finite and > 0", lr)
+
+
+def _check_clips(specs: tuple[str, ...]) -> None:
+    _check_different("clip", specs)
     for spec in specs:
         clips.parse(spec)
+
+
+def _check_seed(seed: int) -> None:
+    _require(0 <= seed < 2**31, "seed", "in [0, 2**31)", seed)
+
+
+def _check_different(name: str, values: tuple[object, ...]) -> None:
+    once = len(values) == len(set(values)) > 0
+    _require(once, name, "one or more different values", values)
 
 
 def _require(holds: bool, name: str, rule: str, value: object) -> None:

@@ -1,6 +1,7 @@
 """The figures, drawn from stored results.
 
-A clip has one colour in all figures of a run; runs without a clip are black.
+A clip has one colour and kind of line in all figures of a run; runs without a clip are
+black.
 """
 
 from collections.abc import Callable
@@ -16,6 +17,13 @@ from experiments import arms
 from experiments.results import Results
 
 COLOURS = ("tab:red", "tab:blue", "tab:orange", "tab:green", "tab:purple", "tab:brown")
+# The next clips have the same colours and other lines.
+LINES = ("-", "-.", ":", (0, (5, 1)))
+# Of the palette of Okabe and Ito, for all kinds of colour vision.
+LIMIT, CLIPPED, EVENT = "#0072B2", "#D55E00", "#F0E44280"
+NORM, LASTING = "0.7", "0.94"
+# Panels side by side in a figure that has a panel per clip.
+PANELS = 4
 # Losses and norms are shown in this many windows of updates.
 WINDOWS = 100
 
@@ -28,7 +36,7 @@ def training(results: Results, path: Path) -> Path:
     _, norm = _windows(curves["grad_norm"], np.max)
     for i, arm in enumerate(arms.grid(config["lr"], config["clip"])):
         column = axes[:, config["lr"].index(arm.lr)]
-        style = {"color": _colour(config, arm), "label": arm.clip.spec}
+        style = {**_style(config, arm), "label": arm.clip.spec}
         _median_and_seeds(column[0], ends, loss[i], style)
         _median_and_seeds(
             column[1], curves["judged"], curves["test_accuracy"][i], style
@@ -43,7 +51,8 @@ def training(results: Results, path: Path) -> Path:
     axes[0, 0].set_ylabel("training loss [nats]\nmean of each window")
     axes[1, 0].set_ylabel("accuracy on test images")
     axes[2, 0].set_ylabel("gradient norm before the clip\nlargest of each window")
-    axes[1, 0].legend(loc="best", fontsize="small")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", fontsize="small")
     return _save(
         figure,
         path,
@@ -65,7 +74,7 @@ def cliff_paths(results: Results, path: Path) -> Path:
         w, b = curves["path_w"][i], curves["path_b"][i]
         # Paths coincide at first: the one without a clip lies below, and is thick.
         width = 2.5 if arm.clip.spec == "none" else 0.7
-        style = {"color": _colour(config, arm), "lw": width, "zorder": 4 - width}
+        style = {**_style(config, arm), "lw": width, "zorder": 4 - width}
         label = f"{arm.clip.spec}, to ({w[-1]:.3g}, {b[-1]:.3g})"
         surface.plot(w, b, label=label, **style)
         error.plot(curves["path_error"][i], **style)
@@ -103,6 +112,29 @@ def cliff_starts(results: Results, path: Path) -> Path:
     return _save(figure, path, results, f"{runs}; darkest: the target is reached")
 
 
+def limits(results: Results, path: Path) -> Path:
+    """Draws the limit of every clip over the norms it was given, a panel per clip."""
+    curves, rows = results.curves, results.rows
+    figure, axes = _panels(len(rows))
+    for i, axis in enumerate(axes):
+        _mark_events(axis, results)
+        _limit(axis, curves["norm"], curves["limit"][i], curves["clipped"][i])
+        name, _, arguments = rows[i]["arm"].partition(":")
+        axis.set_title(f"{name}\n{arguments.replace(',', ', ')}", fontsize="medium")
+        place = {"transform": axis.transAxes, "ha": "right", "fontsize": "small"}
+        axis.text(0.98, 0.03, _what_happened(rows[i]), **place)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper right", ncols=3, markerscale=3)
+    return _save(
+        figure,
+        path,
+        results,
+        f"the same {len(curves['norm'])} norms for every clip, "
+        f"{results.about['data']}\nmedian: of the norms before the spike; followed: "
+        f"{results.about['followed']}; no line: no limit yet",
+    )
+
+
 def _grid_of_axes(
     config: dict[str, Any], rows: int, height: float
 ) -> tuple[Figure, Any]:
@@ -117,11 +149,68 @@ def _grid_of_axes(
     return figure, axes
 
 
-def _colour(config: dict[str, Any], arm: arms.Arm) -> str:
-    clipped = [clip for clip in config["clip"] if clip != "none"]
+def _style(config: dict[str, Any], arm: arms.Arm) -> dict[str, Any]:
     if arm.clip.spec == "none":
-        return "black"
-    return COLOURS[clipped.index(arm.clip.spec) % len(COLOURS)]
+        return {"color": "black", "ls": "-"}
+    place = [clip for clip in config["clip"] if clip != "none"].index(arm.clip.spec)
+    line, colour = divmod(place, len(COLOURS))
+    return {"color": COLOURS[colour], "ls": LINES[line % len(LINES)]}
+
+
+def _panels(count: int) -> tuple[Figure, list[Axes]]:
+    """Makes a figure of panels with shared axes."""
+    columns = min(count, PANELS)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(11, 2.4 * rows + 1.2), layout="constrained")
+    axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    axes[0, 0].set_yscale("log")
+    axes[0, 0].margins(y=0.15)
+    axes[0, 0].yaxis.set_major_formatter("{x:g}")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("norm")
+    for place, axis in enumerate(axes.flat):
+        if place >= count:
+            axis.set_axis_off()
+        elif place + columns >= count:
+            axis.set_xlabel("updates")
+            axis.xaxis.set_tick_params(labelbottom=True)
+    return figure, list(axes.flat[:count])
+
+
+def _mark_events(axis: Axes, results: Results) -> None:
+    """Shades when something happens to the norms, and says what."""
+    width = len(results.curves["norm"]) / 160
+    axis.set_xlim(-width, len(results.curves["norm"]) - 1 + width)
+    for name in ("spike", "burst", "nan", "rise"):
+        first, last = results.curves[name]
+        colour = LASTING if name == "rise" else EVENT
+        axis.axvspan(first - width, last + width, color=colour, lw=0)
+        axis.text(
+            (first + last) / 2,
+            0.97,
+            results.about[name].replace(" at ", " at\n"),
+            transform=axis.get_xaxis_transform(),
+            ha="center",
+            va="top",
+            fontsize="small",
+        )
+
+
+def _limit(
+    axis: Axes, norm: np.ndarray, limit: np.ndarray, clipped: np.ndarray
+) -> None:
+    """Draws a limit over norms, all of shape (updates,)."""
+    axis.plot(norm, color=NORM, lw=0.7, label="norm")
+    dots = {"color": CLIPPED, "ls": "", "marker": ".", "ms": 2.5}
+    axis.plot(np.where(clipped, norm, np.nan), label="norm, clipped", **dots)
+    axis.plot(limit, color=LIMIT, lw=1.6, label="limit")
+
+
+def _what_happened(row: dict[str, Any]) -> str:
+    """Says what became of the spike and of the rise."""
+    follows = row["follows"]
+    rise = "not followed" if np.isnan(follows) else f"followed after {follows:.0f}"
+    return f"spike becomes {row['spike_kept']:.2f} medians\nrise {rise}"
 
 
 def _windows(

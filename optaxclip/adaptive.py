@@ -152,9 +152,9 @@ def zclip(
     so the larger it is, the closer to the mean; and at most `max_norm` in any case.
     Recipe: tree x at_most(zscore, max_norm) x hard.
 
-    After a lasting jump of the norms by several deviations *the limit never follows*
-    with "reciprocal" and "mean": a published property. With "limit" it does, and so do
-    `autoclip` and `quantile_clip`.
+    After a lasting jump of the norms by more than about z^2 deviations *the limit never
+    follows* with "reciprocal", nor after a smaller one with "mean": so the published
+    rule is. With "limit" it does, and so do `autoclip` and `quantile_clip`.
 
     Args:
       z: number of deviations, > 0.

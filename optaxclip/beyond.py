@@ -14,6 +14,7 @@ import optax
 from optaxclip import _trees, norms
 from optaxclip._checks import check_decay, check_number, check_that
 from optaxclip._numerics import quotient
+from optaxclip.bounds._rules import refuse_no_state
 
 PyTree = Any
 Number = jax.typing.ArrayLike
@@ -146,6 +147,7 @@ def acclip(
 
     def update(updates, state, params=None, **extra_args):
         del params, extra_args
+        refuse_no_state(state, "acclip: its level")
         part = _trees.counted(updates)
         new = [
             _cut_momentum(*cell, alpha, momentum_decay, decay, eps)

@@ -216,6 +216,9 @@ def peak(rescale: bool = False) -> Scope:
     Returns:
       A scope whose magnitudes have the structure of the updates, each a scalar.
 
+    Raises:
+      TypeError: if `rescale` is not a bool.
+
     Examples:
       >>> import jax.numpy as jnp
       >>> from optaxclip import clip_by, scopes
@@ -229,6 +232,11 @@ def peak(rescale: bool = False) -> Scope:
       With `rescale`, AdaClip of Stable-SPAM: Huang et al., 2025,
       https://arxiv.org/abs/2502.17055
     """
+    if not isinstance(rescale, bool):
+        raise TypeError(
+            f"scopes.peak: rescale must be True or False, got rescale={rescale!r}. "
+            "Pass one of these."
+        )
 
     def split(updates, norm):
         del norm

@@ -1,4 +1,4 @@
-"""The README: its examples run in order and print what it says they print."""
+"""The README and docs: their examples run in order and print what they say."""
 
 import ast
 import contextlib
@@ -14,6 +14,7 @@ import pytest
 import optaxclip
 
 README = Path(__file__).parents[1] / "README.md"
+PAGES = [README, *sorted((README.parent / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 EXPECTED = re.compile(r"#\s*->\s*(.*)$")
 
@@ -38,10 +39,11 @@ def run(source, namespace):
     return free, pairs
 
 
-def test_examples_print_what_they_say():
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_examples_print_what_they_say(page):
     namespace = {"__name__": "readme"}
     printed, count = "", 0
-    for language, source in BLOCK.findall(README.read_text(encoding="utf-8")):
+    for language, source in BLOCK.findall(page.read_text(encoding="utf-8")):
         if language == "text":
             assert printed == source
             printed = ""
@@ -73,6 +75,20 @@ def test_public_parts_are_mentioned():
             public = inspect.isfunction(value) and value.__module__ == module.__name__
             if public and not name.startswith("_"):
                 assert f"`{name}`" in text, f"{module.__name__}.{name}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    text = page.read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (page.parent / link).exists(), link
+
+
+def test_every_bound_is_on_the_page_about_choosing():
+    text = (README.parent / "docs" / "choosing.md").read_text(encoding="utf-8")
+    for name, value in vars(optaxclip.bounds).items():
+        if inspect.isfunction(value):
+            assert re.search(rf"`(bounds\.)?{name}`|bounds\.{name}\(", text), name
 
 
 def test_files_and_targets_exist():

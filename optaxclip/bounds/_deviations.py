@@ -157,9 +157,10 @@ def zscore(
     Sees the past. Learns from x: a spike counts as its limit, whatever the clip as a
     whole kept. Release: with "limit" and z > 1 / decay a lasting change of scale is
     followed: the deviation grows by sqrt(decay + (1 - decay) decay^2 z^2) per update, by
-    7 % with the defaults. With a smaller z it shrinks instead, and with "reciprocal" and
-    "mean" a spike counts as the mean, so after a jump by several deviations that lasts
-    *the bound never comes back up*: `tracked_quantile`, `percentile` and `ema` do.
+    7 % with the defaults. With a smaller z it shrinks instead; and with "mean" a spike
+    counts as the mean, with "reciprocal" nearly so, and after a lasting jump, in the
+    latter case by more than about z^2 deviations, *the limit never follows*: that of
+    `tracked_quantile`, `percentile` and `ema` does.
 
     Args:
       z: number of deviations, > 0.

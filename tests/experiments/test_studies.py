@@ -14,12 +14,14 @@ RUNS = {
     "rnn_rows": f"--updates 300 --seeds 3 --clip none clip:0.5 {GLOBAL}".split(),
     "lstm_rows": f"--updates 20 --seeds 2 --clip none {GLOBAL}".split(),
     "cliff": [],
+    "limits": [],
 }
-LINES = {"rnn_rows": 9, "lstm_rows": 4, "cliff": 2}
+LINES = {"rnn_rows": 9, "lstm_rows": 4, "cliff": 2, "limits": 8}
 FIGURES = {
     "rnn_rows": {"curves.png"},
     "lstm_rows": {"curves.png"},
     "cliff": {"paths.png", "starts.png"},
+    "limits": {"limits.png"},
 }
 
 
@@ -39,7 +41,8 @@ def test_a_run_leaves_all_that_is_needed_to_repeat_and_judge_it(run):
     lines = (directory / "results.jsonl").read_text().splitlines()
     assert len(lines) == LINES[name]
     for line in map(json.loads, lines):
-        assert {"experiment", "arm", "lr", "updates", "seconds"} < line.keys()
+        assert {"experiment", "arm", "updates", "seconds"} < line.keys()
+        assert ("lr" in line) == hasattr(STUDIES[name].tiers["smoke"], "lr")
     assert {path.name for path in directory.glob("*.png")} == FIGURES[name]
 
 
@@ -66,6 +69,14 @@ def test_every_experiment_keeps_its_finding(run):
         assert none["arm"] == "none"
         assert none["reached"] <= 0.7
         assert clipped["reached"] >= 0.95
+    if name == "limits":
+        follows = [None, None, 27, None, 89, 4, 42, 7]
+        assert [None if math.isnan(x["follows"]) else x["follows"] for x in found] == (
+            follows
+        )
+        left = [1.64, 3.04, 1.42, 0.97, 0.78, 1.34, 1.55, 0.90]
+        assert [x["spike_kept"] for x in found] == pytest.approx(left, abs=0.01)
+        assert [x["state"] for x in found] == [0, 2, 2, 3, 201, 257, 201, 1]
 
 
 def rows_of(arm, lr, accuracies):

@@ -1,6 +1,7 @@
 import functools
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -98,15 +99,80 @@ class Doubling(clips.Clip):
     """A clip that breaks its law."""
 
     def make(self, threshold):
-        return optaxclip.clip_by_global_norm(
-            optaxclip.recorded(threshold), shape=lambda norm, limit: 2 * limit
-        )
+        lawful = super().make(threshold)
+
+        def update(updates, state, params=None):
+            new, state = lawful.update(updates, state, params)
+            return jax.tree.map(lambda u: 2 * u, new), state
+
+        clip = optaxclip.Clip(lawful.init, update)
+        clip.scope, clip.bound, clip.shape = lawful.scope, lawful.bound, lawful.shape
+        return clip
 
 
 def test_check_notices_a_clip_that_exceeds_its_limit(task, starts):
     clip = Doubling("doubling", "clip_by_global_norm", 0.1, ())
     with pytest.raises(AssertionError, match="equal"):
         sweep(task, starts, chunks=(1,), clip=clip, check=True)
+
+
+NORMS = (1.0, 2.0, 0.0, 3.0, jnp.nan, 90.0, 1.0, 90.0, jnp.inf, 2.0)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "adagn",
+        "adanorm:0.5",
+        "adaptive_grad_clip:0.1",
+        "normalize_by_leaf_norm:2",
+        "spam_clip:4,warmup=1",
+        "zclip:2,warmup=2,max_norm=inf",
+    ],
+)
+def test_check_knows_the_limit_of_every_cell_at_every_update(spec):
+    direction = {"w": jnp.array([[3.0, 0.1], [-4.0, 0.2]]), "b": jnp.array([0.5])}
+
+    def feed(clip):
+        checked = train.checked(clip.make(clip.threshold))
+        state = checked.init(direction)
+        for norm in NORMS:
+            updates = jax.tree.map(lambda d, norm=norm: d * norm, direction)
+            _, state = checked.update(updates, state, direction)
+        return state
+
+    clip = clips.parse(spec)
+    (record,) = optaxclip.records(feed(clip))
+    assert record.steps == len(NORMS)
+    with pytest.raises(AssertionError, match="equal"):
+        feed(Doubling(clip.spec, clip.name, clip.threshold, clip.options))
+
+
+class Linear(nn.Module):
+    @nn.compact
+    def __call__(self, x_BxTxF):
+        return nn.Dense(10)(x_BxTxF.reshape(len(x_BxTxF), -1))
+
+
+@pytest.fixture(scope="module")
+def linear(task):
+    return jax.jit(functools.partial(train.init, Linear()))(0, task)
+
+
+def test_every_clip_trains_recorded_and_keeps_its_law(clip, task, linear):
+    setup = train.Setup(Linear(), clip, "sgd", batch=4, check=True)
+    knobs = Knobs(jnp.float32(LR), jnp.float32(clip.threshold))
+    before = state = train.begin(setup, knobs, linear)
+    clipped = 0
+    for _ in range(3):
+        state, log = train.step(setup, task, knobs, state)
+        clipped += log.clipped
+    (record,) = optaxclip.records(state.opt_state)
+    assert (record.steps, record.clipped_steps) == (3, clipped)
+    chex.assert_trees_all_equal_shapes_and_dtypes(before, state)
+    chex.assert_tree_all_finite((state.params, log))
+    for old, new in zip(*map(jax.tree.leaves, (before.params, state.params))):
+        assert (old != new).any()
 
 
 def test_check_notices_hidden_states_that_are_not_finite(starts):
