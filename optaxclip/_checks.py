@@ -46,21 +46,28 @@ def check_number(value: Any, who: str, *, nan_allowed: bool = False) -> None:
 def check_that(
     value: Any, who: str, rule: str, holds: Callable[[float], bool], fix: str
 ) -> None:
-    """Refuses a number for which a rule does not hold.
+    """Refuses what is not a single number, or one for which a rule does not hold.
 
-    As in `check_number`, only the dtype of a JAX array is checked.
+    Of a JAX array, which may be traced, only dtype and shape are checked.
 
     Raises:
       TypeError: for what is not a real number.
       ValueError: if the rule does not hold; NaN breaks every rule.
     """
-    real = _is_real(value)
-    if real and (isinstance(value, jax.Array) or all(map(holds, _listed(value)))):
+    single = _is_real(value) and jnp.ndim(value) == 0
+    if single and (isinstance(value, jax.Array) or holds(float(value))):
         return
+    if not single:
+        rule, fix = "a single real number", "Pass one number, traced or not."
     function, argument = who.split(": ")
-    raise (ValueError if real else TypeError)(
+    raise (ValueError if single else TypeError)(
         f"{function}: {argument} must be {rule}, got {argument}={value!r}. {fix}"
     )
+
+
+def check_least_zero(value: Any, who: str) -> None:
+    """Refuses what is not a single number >= 0."""
+    check_that(value, who, ">= 0", lambda v: v >= 0, "Pass a number >= 0.")
 
 
 def check_decay(value: Any, who: str) -> None:
@@ -79,8 +86,8 @@ def check_count(value: Any, who: str) -> None:
     check_that(
         value,
         who,
-        "a whole number >= 0",
-        lambda count: count >= 0 and count == math.floor(count) < math.inf,
+        "a whole number >= 0 and below 2^31",
+        lambda count: 0 <= count < 2**31 and count == math.floor(count),
         "Pass a number of updates.",
     )
 

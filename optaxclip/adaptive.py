@@ -28,6 +28,9 @@ def autoclip(percentile: Number = 10.0, *, window: int = 1000) -> Clip:
     `scale = min(1, P / |u|)` with the percentile P of the last norms, this one
     included. Recipe: tree x percentile x hard.
 
+    Sees this update too and learns from what was measured. Release: it follows a
+    lasting rise after `window * (1 - percentile / 100)` updates.
+
     Args:
       percentile: in [0, 100]: 10 clips nine updates in ten.
       window: number of norms that are remembered, >= 1; static.
@@ -62,6 +65,8 @@ def percentile_clip(percentile: Number = 95.0, *, window: int = 128) -> Clip:
 
     `scale = min(1, P / |u|)` with the percentile P of the last norms, without this one,
     so that a spike cannot raise its own limit. Recipe: tree x percentile x hard.
+
+    Sees the past and learns from what was measured. Release: as `autoclip`.
 
     Args:
       percentile: in [0, 100].
@@ -104,8 +109,11 @@ def quantile_clip(
     `scale = min(1, c / |u|)`; then `c <- c exp(-rate ([|u| <= c] - quantile))`. One
     number of state. Recipe: tree x tracked_quantile x hard.
 
+    Sees the past and learns from what was measured. Release: by the factor
+    exp(rate * quantile) per update, a tenfold rise in 23.
+
     Args:
-      quantile: share of updates that is to lie below the limit, in [0, 1].
+      quantile: share of updates that is to lie below the limit, in (0, 1].
       rate: how fast the limit moves, > 0.
       initial: first limit, > 0, in the units of the updates.
       step: "geometric", or "arithmetic", which adds `-rate ([|u| <= c] - quantile)`.
@@ -152,16 +160,18 @@ def zclip(
     so the larger it is, the closer to the mean; and at most `max_norm` in any case.
     Recipe: tree x at_most(zscore, max_norm) x hard.
 
-    After a lasting jump of the norms by more than about z^2 deviations *the limit never
-    follows* with "reciprocal", nor after a smaller one with "mean": so the published
-    rule is. With "limit" it does, and so do `autoclip` and `quantile_clip`.
+    Sees the past and learns from what was measured, an outlier as what it becomes.
+    Release: after a lasting jump of the norms by more than about z^2 deviations *the
+    limit never follows* with "reciprocal", nor after a smaller one with "mean": so the
+    published rule is. With "limit" it does, and so do `autoclip` and `quantile_clip`.
 
     Args:
       z: number of deviations, > 0.
       decay: share of the averages that is kept at every update, in [0, 1).
       warmup: number of norms the averages start from; until then `max_norm` alone.
       max_norm: largest norm at any time: a number, a schedule or a bound; inf for none.
-      eps: added to the deviation when an outlier is judged.
+      eps: added to the deviation when an outlier is judged, in the units of the
+        updates: norms far below it have no outliers.
       beyond: "reciprocal", as above; "limit": an outlier becomes `mean + z std`, called
         percentile by the authors; "mean": it becomes the mean.
 
@@ -185,7 +195,7 @@ def zclip(
 
     References:
       Kumar et al., ZClip: adaptive spike mitigation for LLM pre-training, 2025,
-      https://arxiv.org/abs/2504.02507
+      https://arxiv.org/abs/2504.02507. Differs as `bounds.zscore` does.
     """
     most = bounds.of(max_norm, "zclip: max_norm")
     learned = bounds.zscore(
@@ -199,6 +209,9 @@ def mean_clip(ratio: Number, *, warmup: Number = 1) -> Clip:
 
     `scale = min(1, ratio * mean / |u|)` over all earlier norms. Recipe: tree x mean x
     hard.
+
+    Sees the past and learns from what was measured. Release: it never forgets; after t
+    updates a rise needs another t to move the mean half way.
 
     Args:
       ratio: multiple of the mean, >= 0; the paper advises half to ten times.
@@ -235,6 +248,9 @@ def median_clip(k: Number = 3.0, *, warmup: Number = 100) -> Clip:
     median is estimated by five numbers. Recipe: tree x plus(streaming_quantile,
     deviation) x hard.
 
+    Sees this update too and learns from what was measured. Release: it never forgets,
+    but a rise widens the deviation at once.
+
     Args:
       k: number of standard deviations, >= 0.
       warmup: number of norms, this one included, before anything is clipped.
@@ -269,6 +285,9 @@ def ema_clip(ratio: Number, *, decay: Number = 0.95) -> Clip:
     `scale = min(1, ratio * e / |u|)` per array, then
     `e <- decay e + (1 - decay) scale |u|`; e starts as the first norm. Recipe: leaf x
     ema x hard.
+
+    Sees the past and learns from what it kept. Release: by at most the factor
+    1 + (1 - decay)(ratio - 1) per update.
 
     Args:
       ratio: multiple of the running mean, > 1.
@@ -313,8 +332,9 @@ def adagc(
     `scale = min(1, ratio * e / |u|)` per array, and
     `e <- decay e + (1 - decay) scale |u|`. Recipe: leaf x phases(jointly, ema) x hard.
 
-    The limit can double in 693 updates at the earliest with the defaults. An array
-    without gradients at first has its warm-up later.
+    Sees the past and learns from what it kept. Release: the limit doubles in 693
+    updates at the earliest with the defaults. An array without gradients at first has
+    its warm-up later.
 
     Args:
       ratio: multiple of the running mean, > 1.
@@ -357,6 +377,8 @@ def norm_growth_clip(factor: Number = 1.01) -> Clip:
     `scale = min(1, factor * previous / |u|)` per array, with the norm that came out of
     the update before; the first is free. Recipe: leaf x growth x hard.
 
+    Sees the past and learns from what it kept. Release: by `factor` per update.
+
     Args:
       factor: largest growth, > 1.
 
@@ -389,13 +411,14 @@ def norm_growth_clip(factor: Number = 1.01) -> Clip:
 def adagn(
     mean_decay: Number = 0.7, *, rms_decay: Number = 0.9, eps: Number = 1e-8
 ) -> Clip:
-    """Gives every array the norm a / sqrt(b): 1 while steady, small after a spike.
+    """Gives every array the norm a / sqrt(b): 1 while steady, smaller after a spike.
 
     `u -> u / |u| * a / (sqrt(b) + eps)` per array, with the debiased running averages a
     of the norm and b of its square. Recipe: leaf x mean_over_rms x normalize.
 
     The scale of the updates is lost: use it before an optimizer that needs none, like
-    Adam, and after `adaclip` if both are used.
+    Adam, and after `adaclip` if both are used. Sees this update too and learns from
+    what was measured.
 
     Args:
       mean_decay: share of a that is kept at every update, in [0, 1).
@@ -434,7 +457,8 @@ def adaclip(decay: Number = 0.999, *, rescale: bool = True) -> Clip:
     included, elements beyond e are multiplied by e / M. Recipe: peak x ema x hard.
 
     Not monotone: at M = 100 and e = 1 an element of 1.1 becomes 0.011, while one of 1
-    stays. `rescale=False` cuts them to e instead.
+    stays. `rescale=False` cuts them to e instead. Sees this update too and learns from
+    what was measured. Release: half way in 693 updates with the default.
 
     Args:
       decay: share of the mean that is kept at every update, in [0, 1).
@@ -476,10 +500,14 @@ def spam_clip(
     with the u that was cut, as Adam keeps v. Recipe: element x at_least(schedule,
     second_moment) x hard.
 
+    Sees the past and learns from what it kept. Release: by a factor of 2.4 per update
+    with the defaults.
+
     Args:
       threshold: largest square over the mean square, > 1.
       decay: share of the mean square that is kept at every update, in [0, 1).
-      warmup: number of updates before anything is cut; the twentieth is the first.
+      warmup: number of updates, damaged ones included, before anything is cut; the
+        twentieth is the first.
 
     Returns:
       A clip with a `bounds.ScheduleState` and a `bounds.SecondMomentState`, one copy of
@@ -516,7 +544,7 @@ def adanorm(decay: Number = 0.95) -> Clip:
     """Raises the norm of every array to its running mean. Not a clip but its mirror.
 
     `u -> u max(1, e / |u|)` per array, with `e <- decay e + (1 - decay) |u|` from 0,
-    this update included. Recipe: leaf x ema x floor.
+    this update included. Recipe: leaf x ema x floor. Learns from what was measured.
 
     Args:
       decay: share of the mean that is kept at every update, in [0, 1).

@@ -5,14 +5,16 @@
 measures the gradient and scales the update of Adam.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
 from optaxclip import _trees, norms
-from optaxclip._checks import check_decay, check_number, check_that
+from optaxclip._checks import check_decay, check_least_zero, check_that
 from optaxclip._numerics import quotient
 from optaxclip.bounds._rules import refuse_no_state
 
@@ -55,15 +57,22 @@ def clippy(
       recommender systems, 2023, https://arxiv.org/abs/2302.09178. The code of
       TensorFlow Recommenders has 0.1 and 1e-7 and is part of an Adagrad.
     """
-    check_number(ratio, "clippy: ratio")
-    check_number(absolute, "clippy: absolute")
+    check_least_zero(ratio, "clippy: ratio")
+    check_least_zero(absolute, "clippy: absolute")
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
         part = _trees.counted(updates)
         own = part.values(_trees.align(params, updates, "clippy"))
-        pairs = zip(part.arrays, own, strict=True)
-        new = [_within_reach(u, jnp.asarray(w), ratio, absolute) for u, w in pairs]
+        pairs = list(zip(part.arrays, map(jnp.asarray, own), strict=True))
+        shares = [_share_of_reach(u, w, ratio, absolute) for u, w in pairs]
+        farthest = norms.measure(shares, ord=math.inf)
+        largest = norms.measure(part.arrays, ord=math.inf)
+        free = jnp.maximum(ratio, absolute) == jnp.inf
+        new = [
+            _slowed(*sizes, free)
+            for sizes in zip(part.arrays, farthest, largest, strict=True)
+        ]
         return part.replace(new), state
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
@@ -126,7 +135,7 @@ def acclip(
     )
     check_decay(momentum_decay, "acclip: momentum_decay")
     check_decay(decay, "acclip: decay")
-    check_number(eps, "acclip: eps")
+    check_least_zero(eps, "acclip: eps")
 
     def wide(params):
         part = _trees.counted(params)
@@ -142,19 +151,25 @@ def acclip(
     def init(params):
         # Only shapes are wanted.
         return jax.tree.map(
-            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(wide, params)
+            lambda x: lax.full(x.shape, 0, x.dtype, sharding=x.sharding),
+            jax.eval_shape(wide, params),
         )
 
     def update(updates, state, params=None, **extra_args):
         del params, extra_args
         refuse_no_state(state, "acclip: its level")
         part = _trees.counted(updates)
-        new = [
-            _cut_momentum(*cell, alpha, momentum_decay, decay, eps)
-            for cell in zip(
+        try:
+            cells = zip(
                 part.arrays, part.values(state.momentum), part.values(state.level)
             )
-        ]
+        except ValueError:
+            where = _trees.first_difference(state.level, updates, "state", "update")
+            raise ValueError(
+                f"acclip: updates must have the leaves that init saw, {where}. Pass "
+                "the state that tx.init made of these params."
+            ) from None
+        new = [_cut_momentum(*c, alpha, momentum_decay, decay, eps) for c in cells]
         out, momentum, level = zip(*new) if new else ((), (), ())
         return part.replace(out), AcclipState(
             momentum=part.placed(momentum, state.momentum),
@@ -172,8 +187,9 @@ def scale_by_stable_adam(
     With v the debiased second moment, this update included, `optax.scale_by_adam` times
     `1 / max(1, RMS)`, where `RMS = sqrt(mean(u^2 / max(v, eps^2)))` per array.
 
-    It is Adam: an element that is NaN or inf stays in its moments. Put `zero_nonfinite`
-    in front.
+    It is Adam, that of optax: an element that is NaN or inf stays in its moments, and
+    one whose square leaves the range of its dtype is lost. Put `zero_nonfinite` and a
+    clip in front.
 
     Args:
       b1: share of the first moment that is kept at every update.
@@ -203,7 +219,7 @@ def scale_by_stable_adam(
     """
     check_decay(b1, "scale_by_stable_adam: b1")
     check_decay(b2, "scale_by_stable_adam: b2")
-    check_number(eps, "scale_by_stable_adam: eps")
+    check_least_zero(eps, "scale_by_stable_adam: eps")
     adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
 
     def update(updates, state, params=None, **extra_args):
@@ -211,40 +227,45 @@ def scale_by_stable_adam(
         found: tuple[PyTree, Any] = adam.update(updates, state, params)
         scaled, state = found
         squares = optax.tree.bias_correction(state.nu, b2, state.count)
-        part, stepped = _trees.counted(updates), _trees.counted(scaled)
+        part = _trees.counted(updates)
         surprise = []
         for u, v in zip(part.arrays, part.values(squares), strict=True):
             real = _trees.widest(u.dtype)
-            usual = jnp.maximum(jnp.sqrt(v.astype(real)), jnp.asarray(eps, real))
-            usual = jnp.where(usual > 0, usual, 1)
+            usual = jnp.sqrt(jnp.abs(v).astype(real))
+            usual = jnp.maximum(usual, jnp.asarray(eps).astype(real))
+            usual = jnp.where(usual == 0, 1, usual)
             surprise.append(quotient(jnp.abs(u).astype(real), usual))
         sizes = norms.measure(surprise, ord="rms")
-        return stepped.replace(
-            [
-                s / jnp.maximum(size, 1).astype(s.dtype)
-                for s, size in zip(stepped.arrays, sizes, strict=True)
-            ]
-        ), state
+        calmed = [
+            (s / jnp.maximum(size, 1).astype(s.dtype)).astype(u.dtype)
+            for u, s, size in zip(part.arrays, part.values(scaled), sizes, strict=True)
+        ]
+        return part.placed(calmed, scaled), state
 
     return optax.GradientTransformationExtraArgs(adam.init, update)
 
 
-def _within_reach(
+def _share_of_reach(
     u: jax.Array, w: jax.Array, ratio: Number, absolute: Number
 ) -> jax.Array:
+    """How far every element moves its parameter, as a share of how far it may."""
     real = _trees.widest(u.dtype, w.dtype)
     ratio, absolute = (
-        jnp.maximum(jnp.asarray(x).astype(real), 0) for x in (ratio, absolute)
+        jnp.clip(jnp.asarray(x).astype(real), 0, jnp.finfo(real).max)
+        for x in (ratio, absolute)
     )
-    modulus, size = jnp.abs(u).astype(real), jnp.abs(w).astype(real)
-    free = (ratio == jnp.inf) | (absolute == jnp.inf)
-    reach = jnp.where(free, 1, ratio) * size + absolute
-    share = quotient(modulus, jnp.where(reach > 0, reach, 1))
-    share = jnp.where((reach > 0) | (modulus == 0), share, jnp.inf)
-    farthest = jnp.max(share, initial=0)
+    modulus = jnp.abs(u).astype(real)
+    reach = ratio * jnp.abs(w).astype(real) + absolute
+    share = quotient(modulus, jnp.where(reach == 0, 1, reach))
+    return jnp.where((reach == 0) & (modulus > 0), jnp.inf, share)
+
+
+def _slowed(
+    u: jax.Array, farthest: jax.Array, largest: jax.Array, free: jax.Array
+) -> jax.Array:
     factor = quotient(jnp.ones_like(farthest), jnp.maximum(farthest, 1))
-    factor = jnp.where(jnp.all(jnp.isfinite(u)), factor, jnp.nan)
-    dtype = _trees.widened(u.dtype, real)
+    factor = jnp.where(jnp.isfinite(largest), factor, jnp.nan)
+    dtype = _trees.widened(u.dtype, farthest.dtype)
     scaled = (u.astype(dtype) * factor.astype(dtype)).astype(u.dtype)
     return jnp.where(free | (factor == 1), u, scaled)
 
@@ -253,7 +274,8 @@ def _cut_momentum(u, momentum, level, alpha, momentum_decay, decay, eps):
     """What comes out for one array, its momentum and its level."""
     modulus = jnp.abs(u).astype(level.dtype)
     used = jnp.isfinite(modulus)
-    known = used & (modulus > 0)
+    # What is smaller is flushed to 0 in a kernel.
+    known = used & (modulus >= jnp.finfo(modulus.dtype).tiny)
     moved = _mixed(
         momentum, jnp.where(used, u, 0).astype(momentum.dtype), momentum_decay
     )
@@ -268,13 +290,14 @@ def _cut_momentum(u, momentum, level, alpha, momentum_decay, decay, eps):
 
 
 def _mixed(old: jax.Array, new: jax.Array, decay: Number) -> jax.Array:
-    kept = jnp.asarray(decay).astype(old.dtype)
+    kept = jnp.clip(jnp.asarray(decay).astype(jnp.abs(old).dtype), 0, 1)
+    kept = kept.astype(old.dtype)
     return kept * old + (1 - kept) * new
 
 
 def _power_mean(old: jax.Array, new: jax.Array, alpha: Number, decay: Number):
     """`(decay old^alpha + (1 - decay) new^alpha)^(1 / alpha)` in any range; new > 0."""
-    alpha = jnp.asarray(alpha).astype(old.dtype)
+    alpha = jnp.maximum(jnp.asarray(alpha).astype(old.dtype), jnp.finfo(old.dtype).eps)
     larger = jnp.maximum(old, new)
     share = quotient(old, larger)
     power = jnp.where(share > 0, jnp.where(share > 0, share, 1) ** alpha, 0)

@@ -67,6 +67,12 @@ def clip_by(scope: Scope, bound: bounds.BoundLike, shape: Shape = shapes.hard) -
       >>> print(jnp.linalg.norm(updates, axis=0).round(3))
       [0.5 0.1]
     """
+    if not isinstance(scope, Scope) or not callable(shape):
+        raise TypeError(
+            "clip_by: scope and shape must be a Scope and a function, got "
+            f"scope={scope!r} and shape={shape!r}. Call the scope, as in "
+            "scopes.tree(), but not the shape, as in shapes.tanh."
+        )
     bound = bounds.of(bound, "clip_by: bound")
     if scope.elementwise and bound.window:
         raise ValueError(
@@ -132,7 +138,7 @@ def recorded(clip):
       >>> print(f"{record.norm:.1f} {record.limit:.1f} {record.clipped_steps}")
       5.0 3.0 1
     """
-    if isinstance(clip, Clip):
+    if isinstance(clip, Clip) and hasattr(clip, "bound"):
         return clip_by(clip.scope, bounds.recorded(clip.bound), clip.shape)
     if isinstance(clip, optax.GradientTransformation):
         raise TypeError(

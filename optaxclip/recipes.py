@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from optaxclip import _trees, bounds, norms, scopes, shapes
-from optaxclip._checks import check_number, negated
+from optaxclip._checks import check_least_zero, check_number, negated
 from optaxclip.clip import Clip, Shape, clip_by
 
 
@@ -497,8 +497,9 @@ def adopt_clip(exponent: jax.typing.ArrayLike = 0.25) -> Clip:
       the root of their second moment. Implementations differ in where they start to
       count; as in the authors' the first update that is clipped has the limit 1.
     """
-    check_number(exponent, "adopt_clip: exponent")
-    rule = bounds.schedule(lambda step: (step + 1).astype(float) ** exponent)
+    check_least_zero(exponent, "adopt_clip: exponent")
+    power = jnp.maximum(exponent, 0)
+    rule = bounds.schedule(lambda step: (step.astype(float) + 1) ** power)
     return clip_by(scopes.element(), rule)
 
 

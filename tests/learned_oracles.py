@@ -226,7 +226,7 @@ def streaming_quantile(p):
 
 
 def zscore(norms, z, decay, warmup, eps, beyond, max_norm=inf):
-    """ZClip's `step`; the division is by n instead of n + 1e-6."""
+    """ZClip's `step`; dividing by n instead of n + 1e-6, and "limit" with eps."""
     buffer, mean, var = [], None, None
     found = []
     for n in norms:
@@ -246,7 +246,7 @@ def zscore(norms, z, decay, warmup, eps, beyond, max_norm=inf):
         if score > z:
             c = {
                 "reciprocal": mean + z * std * (z / score),
-                "limit": mean + z * std,
+                "limit": mean + z * (std + eps),
                 "mean": mean,
             }[beyond]
         found.append(factor(n, min(c, max_norm)))

@@ -166,3 +166,183 @@ def test_a_missing_gradient_is_no_error():
     tx = optaxclip.adaptive_grad_clip(0.01)
     out, _ = tx.update(updates, tx.init(UPDATES), UPDATES)
     assert out["output"] is None
+
+
+def outputs(tx, values, params=None):
+    """What comes out for updates of one number each, and the last state."""
+    state = tx.init(jnp.zeros(1))
+    update = jax.jit(tx.update)
+    found = []
+    for value in values:
+        out, state = update(jnp.array([value], jnp.float32), state, params)
+        found.append(float(out[0]))
+    return found, state
+
+
+def test_a_parameter_that_is_nan_leaves_no_trace_in_a_learned_ratio():
+    rule = bounds.relative(bounds.tracked_quantile(0.9, initial=0.01))
+    tx = optaxclip.clip_by_leaf_norm(rule)
+    params = jnp.array([jnp.nan])
+    found, state = outputs(tx, [500.0], params)
+    assert np.isnan(found).all()
+    assert float(state.estimate) == float(jnp.float32(0.01))
+
+
+def test_a_parameter_of_zero_sets_no_limit_and_teaches_nothing_without_a_floor():
+    rule = bounds.relative(bounds.ema(2.0), None)
+    tx = optaxclip.clip_by_leaf_norm(rule)
+    found, state = outputs(tx, [500.0], jnp.zeros(1))
+    assert found == [500.0] and int(state.count) == 0
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: optaxclip.clip_by_global_norm(bounds.mean_std(x, warmup=2)),
+        lambda x: optaxclip.clip_by_global_norm(bounds.deviation(x, warmup=2)),
+        lambda x: optaxclip.clip_by_global_norm(bounds.median_mad(x, warmup=1)),
+        lambda x: optaxclip.zclip(eps=x, warmup=2),
+        lambda x: optaxclip.adagn(eps=x),
+        lambda x: optaxclip.ema_clip(x),
+        lambda x: optaxclip.norm_growth_clip(x),
+        lambda x: optaxclip.quantile_clip(rate=x),
+        lambda x: optaxclip.acclip(decay=x),
+        lambda x: optaxclip.adopt_clip(x),
+        lambda x: optaxclip.clippy(x),
+        lambda x: optaxclip.autoclip(x),
+    ],
+)
+def test_a_traced_argument_below_its_range_never_turns_an_update_round(make):
+    def run(x):
+        tx = make(x)
+        state = tx.init(jnp.zeros(1))
+        found = []
+        for value in (1.0, 3.0, 2.0, 200.0, 2.0):
+            out, state = tx.update(jnp.array([value]), state, jnp.ones(1))
+            found.append(out)
+        return jnp.stack(found)
+
+    found = np.asarray(jax.jit(run)(jnp.float32(-2.0)))
+    assert np.isfinite(found).all() and (found >= 0).all()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda decay: optaxclip.adaclip(decay),
+        lambda decay: optaxclip.adagn(decay, rms_decay=decay),
+    ],
+)
+def test_a_decay_that_was_rounded_to_1_is_moved_below_it(make):
+    run = jax.jit(lambda decay: outputs_of(make(decay), (1.0, 1.0, 50.0)))
+    assert np.isfinite(np.asarray(run(jnp.float32(1)))).all()
+
+
+def outputs_of(tx, values):
+    state = tx.init(jnp.zeros(1))
+    found = []
+    for value in values:
+        out, state = tx.update(jnp.array([value]), state)
+        found.append(out)
+    return jnp.stack(found)
+
+
+def test_inf_as_a_multiple_means_no_limit():
+    for rule in (
+        bounds.median_mad(jnp.inf, warmup=2),
+        bounds.mean_std(jnp.inf, warmup=2),
+        bounds.mean(jnp.inf),
+        bounds.ema(jnp.inf),
+        bounds.growth(jnp.inf),
+    ):
+        values = [2.0, 2.0, 2.0, 700.0]
+        assert outputs(optaxclip.clip_by_global_norm(rule), values)[0] == values
+
+
+def test_a_zscore_up_to_its_limit_grows_even_from_no_deviation_at_all():
+    tx = optaxclip.zclip(beyond="limit", max_norm=jnp.inf)
+    found, _ = outputs(tx, [1.0] * 30 + [3.0] * 400)
+    assert found[30] < 1.01 and found[-1] == 3.0
+
+
+@pytest.mark.parametrize("smallest", [1e-45, 1e-38])
+def test_a_number_that_a_kernel_flushes_to_zero_poisons_nothing(smallest):
+    for tx in (optaxclip.acclip(), optaxclip.ema_clip(2.0), optaxclip.spam_clip()):
+        found, state = outputs(tx, [smallest, 1.0, 1.0])
+        assert np.isfinite(found).all() and found[-1] > 0
+        for leaf in jax.tree.leaves(state):
+            assert np.isfinite(np.asarray(leaf)).all()
+
+
+def test_counters_at_their_end_do_no_harm():
+    tx = optaxclip.adopt_clip()
+    state = tx.init(jnp.zeros(1))
+    last = state._replace(step=jnp.int32(2**31 - 1))
+    out, _ = tx.update(jnp.array([1e9]), last)
+    np.testing.assert_allclose(out, [(2.0**31) ** 0.25], rtol=1e-6)
+    for rule in (bounds.mean(2.0), bounds.streaming_quantile(), bounds.mean_over_rms()):
+        tx = optaxclip.clip_by_global_norm(rule)
+        _, state = outputs(tx, [1.0] * 8)
+        state = state._replace(count=jnp.int32(2**31 - 1))
+        for _ in range(3):
+            out, state = jax.jit(tx.update)(jnp.ones(1), state)
+        assert int(state.count) == 2**31 - 1 and float(out[0]) > 0
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (lambda: optaxclip.clip_by_global_norm(optaxclip.zclip()), "Pass its bound"),
+        (lambda: norms_after(clip_by(scopes.leaf(), bounds.ema)), "returns a Bound"),
+        (lambda: clip_by(scopes.tree, 1.0), "Call the scope"),
+        (lambda: clip_by(scopes.tree(), 1.0, "hard"), "Call the scope"),
+        (lambda: optaxclip.autoclip(np.array([1.0, 2.0])), "a single real number"),
+        (lambda: bounds.ema(start="zero"), "start must be one of"),
+        (lambda: bounds.percentile(observe="kept"), "observe must be one of"),
+        (lambda: optaxclip.zclip(warmup=2**40), "below 2\\^31"),
+        (lambda: scopes.peak("yes"), "rescale must be True or False"),
+    ],
+)
+def test_what_is_mistaken_for_a_bound_a_scope_or_a_number_is_refused(wrong, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        wrong()
+
+
+@pytest.mark.parametrize(
+    "tx, other",
+    [
+        (optaxclip.autoclip(window=5), optaxclip.autoclip(window=7)),
+        (optaxclip.autoclip(), optaxclip.clip_by_global_norm(1.0)),
+        (optaxclip.zclip(), optaxclip.adagc()),
+        (optaxclip.acclip(), optaxclip.acclip()),
+    ],
+)
+def test_the_state_of_something_else_is_refused(tx, other):
+    params = {"a": jnp.ones(2)}
+    if tx.update.__module__ == "optaxclip.beyond":
+        params = {"a": jnp.ones(2), "b": jnp.ones(3)}
+    with pytest.raises(ValueError, match=r"(state|updates) must"):
+        tx.update({"a": jnp.ones(2)}, other.init(params))
+
+
+def test_a_clip_of_one_array_by_clippy_is_refused_where_a_device_sees_a_part():
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("x")
+    tx = optaxclip.clippy()
+    part = jax.shard_map(
+        lambda u: tx.update(u, optax.EmptyState(), u)[0],
+        mesh=mesh,
+        in_specs=spec,
+        out_specs=spec,
+    )
+    with pytest.raises(ValueError, match="inside shard_map"):
+        jax.jit(part)(jnp.array([27.0, 36.0]))
+
+
+def test_stable_adam_passes_on_what_adam_makes_of_every_leaf():
+    tx = optaxclip.scale_by_stable_adam()
+    updates = {"w": jnp.ones(2, jnp.bfloat16), "n": jnp.arange(3), "none": None}
+    with jax.numpy_dtype_promotion("standard"):
+        out, _ = tx.update(updates, tx.init(updates))
+    assert out["w"].dtype == jnp.bfloat16 and out["none"] is None
+    assert out["n"].shape == (3,)

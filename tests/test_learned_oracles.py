@@ -227,13 +227,13 @@ def bound(name, made, factors):
     METHODS[name] = Method("columns", clip_by(scopes.unit(), made), columns(factors))
 
 
-for p, observe in ((10.0, "current"), (50.0, "raw"), (95.0, "kept")):
+for p, observe in ((10.0, "current"), (50.0, "raw"), (95.0, "raw")):
     bound(
-        f"bounds.percentile:{observe}",
+        f"bounds.percentile:{p:g} {observe}",
         bounds.percentile(p, window=50, observe=observe),
         of_history(functools.partial(oracle.percentile, p, 50), observe),
     )
-for observe in ("raw", "kept"):
+for observe in ("raw", "current"):
     bound(
         f"bounds.median_mad:{observe}",
         bounds.median_mad(window=50, warmup=20, observe=observe),
@@ -244,7 +244,7 @@ for observe in ("raw", "kept"):
         bounds.mean(1.5, warmup=10, observe=observe),
         of_history(lambda: oracle.mean(1.5), observe, 10),
     )
-for observe in ("current", "kept"):
+for observe in ("current", "raw"):
     bound(
         f"bounds.streaming_quantile:{observe}",
         bounds.streaming_quantile(0.75, observe=observe),
@@ -261,7 +261,7 @@ bound(
     of_history(lambda: oracle.mean_std(3.0), "raw", 10),
 )
 for start in ("mean", "min", "debiased", "zero"):
-    for observe in ("current", "raw", "kept"):
+    for observe in ("current", "raw", "kept")[: 2 if start == "zero" else 3]:
         bound(
             f"bounds.ema:{start} {observe}",
             bounds.ema(1.5, decay=0.9, warmup=10, start=start, observe=observe),

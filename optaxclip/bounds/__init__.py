@@ -40,9 +40,14 @@ The learned ones:
 | `mean_over_rms` | running mean / running root mean square | this update too | what was measured |
 
 `observe` changes the last two columns where a bound has it. All obey: a magnitude that
-is NaN or inf leaves no trace in the state, to the bit; nor does an exact 0, so that
-nothing is pulled down to a limit of 0 that it could not leave; a cell that has seen too
-little has no limit (inf). Traced arguments outside their range are moved into it.
+is NaN or inf leaves no trace in what is learned, to the bit; nor does an exact 0, so
+that nothing is pulled down to a limit of 0 that it could not leave; a cell that has seen
+too little has no limit (inf). Traced arguments outside their range are moved to its
+end; under `optax.inject_hyperparams` of bfloat16 params, which rounds a decay of 0.999
+to 1, pass `hyperparam_dtype=jnp.float32`.
+
+The states have the structure of the magnitudes, so with scopes finer than a group
+`optax.tree_map_params` takes their arrays for slots of params.
 """  # noqa: E501
 
 from optaxclip.bounds._averages import (
@@ -69,9 +74,6 @@ from optaxclip.bounds._deviations import SpreadState, deviation, mean_std, zscor
 from optaxclip.bounds._quantiles import (
     StreamingState,
     TrackedState,
-    WindowState,
-    median_mad,
-    percentile,
     streaming_quantile,
     tracked_quantile,
 )
@@ -84,6 +86,7 @@ from optaxclip.bounds._rules import (
     parts,
     schedule,
 )
+from optaxclip.bounds._windows import WindowState, median_mad, percentile
 
 __all__ = [
     "Bound",

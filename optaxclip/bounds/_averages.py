@@ -10,7 +10,7 @@ from optaxclip._checks import (
     check_choice,
     check_count,
     check_decay,
-    check_number,
+    check_least_zero,
     check_that,
     is_static_number,
 )
@@ -21,8 +21,9 @@ from optaxclip.bounds._learned import (
     Statistic,
     check_observe,
     enough,
-    floating,
     learned,
+    one_more,
+    times,
 )
 from optaxclip.bounds._rules import Bound, cast
 
@@ -67,23 +68,21 @@ def mean(
 
     `limit = ratio * mean`.
 
-    Sees and learns from: see `observe`. Release: after t updates a lasting change of
-    scale needs another t updates to move the mean half way; `ema` forgets.
+    Sees the past and learns from what was measured. Release: after t updates a lasting
+    change of scale needs another t updates to move the mean half way; `ema` forgets.
 
     Args:
       ratio: multiple of the mean.
       warmup: number of magnitudes a cell must have seen; inf until then.
-      observe: "raw": the limit is of the past, and what was measured is learned;
-        "kept": the same, but what the clip kept is learned; "current": this update is
-        seen too.
+      observe: "raw": the limit is of the past; "current": this update is seen too.
+        What was measured is learned in either case.
       who: the function of the caller, for messages.
 
     Returns:
       A bound with a `MeanState`.
 
     Raises:
-      TypeError, ValueError: for `ratio` < 0, or <= 1 if what is kept is learned, which
-        could only fall; for `warmup` < 0 and another `observe`.
+      TypeError, ValueError: for `ratio` < 0, `warmup` < 0 and another `observe`.
 
     Examples:
       >>> import jax.numpy as jnp, optaxclip
@@ -101,12 +100,13 @@ def mean(
       Pascanu, Mikolov, Bengio, On the difficulty of training recurrent neural networks,
       2013, https://arxiv.org/abs/1211.5063, advise half to ten times the mean norm.
     """
-    _check_ratio(ratio, observe, who)
+    check_least_zero(ratio, f"{who}: ratio")
     check_count(warmup, f"{who}: warmup")
+    check_observe(observe, who)
     statistic = Statistic(
         MeanState,
         _fresh_mean,
-        lambda state, m: _drawn(state, m, 1 / floating(state.count + 1, m)),
+        lambda state, m: _drawn(state, m, 1 / one_more(state.count, m)),
         lambda state, m: _once(state.count, warmup, ratio, state.mean),
     )
     return learned(statistic, observe, who)
@@ -118,17 +118,21 @@ def ema(
     decay: Number = 0.98,
     warmup: Number = 1,
     start: Literal["mean", "min", "debiased", "zero"] = "mean",
-    observe: Observe = "kept",
+    observe: Literal["kept", "raw", "current"] = "kept",
     who: str = "bounds.ema",
 ) -> Bound:
     """Makes the bound that is a multiple of an exponential moving average.
 
     `limit = ratio * e`, and then `e <- decay e + (1 - decay) m`.
 
-    Sees and learns from: see `observe`. Release: learning from what was kept, the limit
-    grows at most by the factor 1 + (1 - decay)(ratio - 1) per update: with 1.05 and
-    0.98 it doubles in 693. Learning from what was measured it follows within a few
-    times 1 / (1 - decay) updates.
+    Sees the past and learns from what the clip kept. Release: then the limit grows at
+    most by the factor 1 + (1 - decay)(ratio - 1) per update: with 1.05 and 0.98 it
+    doubles in 693. Learning from what was measured, it follows within a few times
+    1 / (1 - decay) updates.
+
+    What is kept belongs with `shapes.hard`. A shape that shrinks what is within its
+    limit pulls the average down with it, `rational` to a twentieth of the norms, and
+    with `drop` and `reciprocal` it does not come back: learn what was measured there.
 
     Args:
       ratio: multiple of the average.
@@ -147,7 +151,8 @@ def ema(
 
     Raises:
       TypeError, ValueError: for `ratio` < 0, or <= 1 if what is kept is learned, which
-        could only fall; for `decay` outside [0, 1), `warmup` < 0 and other words.
+        could only fall; for `decay` outside [0, 1), `warmup` < 0, other words, and
+        "zero" with "kept", which would begin by cutting all to 1 - decay.
 
     Examples:
       >>> import jax.numpy as jnp, optaxclip
@@ -165,30 +170,36 @@ def ema(
       OLMo's clip at a ratio of the average (https://github.com/allenai/OLMo), and the
       sources of `adagc`, `adaclip` and `adanorm`.
     """
-    _check_ratio(ratio, observe, who)
+    check_choice(observe, f"{who}: observe", ("kept", "raw", "current"))
+    if observe == "kept":
+        _check_rises(ratio, f"{who}: ratio")
+    else:
+        check_least_zero(ratio, f"{who}: ratio")
+    least = 1 if observe == "kept" else 0
     check_decay(decay, f"{who}: decay")
     check_count(warmup, f"{who}: warmup")
-    check_choice(start, f"{who}: start", ("mean", "min", "debiased", "zero"))
+    starts = ("mean", "min", "debiased", *(() if observe == "kept" else ("zero",)))
+    check_choice(start, f"{who}: start", starts)
 
     def add(state, m):
         rate = running_rate(decay, m)
-        count = floating(state.count + 1, m)
+        count = one_more(state.count, m)
         if start == "debiased":
             rate = _debiased_rate(decay, count)
         elif start == "mean":
             rate = jnp.where(enough(state.count, warmup), rate, 1 / count)
-        after = _drawn(state, m, rate)
+        drawn = _drawn(state, m, rate)
         if start != "min":
-            return after
+            return drawn
         smallest = jnp.where(state.count == 0, m, jnp.minimum(state.mean, m))
         ready = enough(state.count, warmup)
-        return after._replace(mean=jnp.where(ready, after.mean, smallest))
+        return drawn._replace(mean=jnp.where(ready, drawn.mean, smallest))
 
     statistic = Statistic(
         MeanState,
         _fresh_mean,
         add,
-        lambda state, m: _once(state.count, warmup, ratio, state.mean),
+        lambda state, m: _once(state.count, warmup, ratio, state.mean, least),
     )
     return learned(statistic, observe, who)
 
@@ -233,7 +244,7 @@ def growth(factor: Number = 1.01, *, who: str = "bounds.growth") -> Bound:
         GrowthState,
         lambda m: GrowthState(jnp.zeros(m.shape, m.dtype)),
         lambda state, m: GrowthState(m),
-        lambda state, m: _multiple(factor, state.previous, state.previous > 0),
+        lambda state, m: _multiple(factor, state.previous, least=1),
     )
     return learned(statistic, "kept", who)
 
@@ -245,13 +256,17 @@ def mean_over_rms(
     eps: Number = 1e-8,
     who: str = "bounds.mean_over_rms",
 ) -> Bound:
-    """Makes the bound that is near 1 while magnitudes are steady and small when not.
+    """Makes the bound that is near 1 while magnitudes are steady.
 
     `limit = a / (sqrt(b) + eps)` with the debiased running averages a of m and b of
     m^2, this update included. It has no unit: with `shapes.normalize` it removes the
     scale of the updates, so put it before what needs none, like Adam.
 
-    Sees this update, and learns from what was measured. Release: at once.
+    At a spike it is near 1 too, and for some updates after one it is smaller, down to
+    a fifth with the defaults, for the square remembers longer; in a rise it is larger,
+    up to 1.3.
+
+    Sees this update too, and learns from what was measured. Release: none is needed.
 
     Args:
       mean_decay: share of a that is kept at every update, in [0, 1).
@@ -283,7 +298,7 @@ def mean_over_rms(
     """
     check_decay(mean_decay, f"{who}: mean_decay")
     check_decay(rms_decay, f"{who}: rms_decay")
-    check_number(eps, f"{who}: eps")
+    check_least_zero(eps, f"{who}: eps")
 
     def init(m):
         zeros = jnp.zeros(m.shape, m.dtype)
@@ -291,14 +306,14 @@ def mean_over_rms(
 
     def add(state, m):
         count = jnp.asarray(optax.safe_increment(state.count))
-        rates = (_debiased_rate(d, floating(count, m)) for d in (mean_decay, rms_decay))
-        slow, fast = rates
-        mean = state.mean + slow * (m - state.mean)
-        return MeanOverRmsState(mean, _rooted(state.rms, m, fast), count)
+        steps = one_more(state.count, m)
+        drawn = state.mean + _debiased_rate(mean_decay, steps) * (m - state.mean)
+        rms = _rooted(state.rms, m, _debiased_rate(rms_decay, steps))
+        return MeanOverRmsState(drawn, rms, count)
 
     def limit(state, m):
         ready = state.count > 0
-        rms = jnp.where(ready, state.rms + cast(eps, m), 1)
+        rms = jnp.where(ready, state.rms + jnp.maximum(cast(eps, m), 0), 1)
         return jnp.where(ready, quotient(state.mean, rms), jnp.inf)
 
     return learned(Statistic(MeanOverRmsState, init, add, limit), "current", who)
@@ -349,8 +364,7 @@ def second_moment(
     check_decay(decay, f"{who}: decay")
 
     def limit(state, m):
-        root = jnp.sqrt(jnp.maximum(cast(threshold, m), 0))
-        return _multiple(root, state.rms, state.rms > 0)
+        return _multiple(jnp.sqrt(cast(threshold, m)), state.rms, least=1)
 
     statistic = Statistic(
         SecondMomentState,
@@ -380,37 +394,29 @@ def _rooted(rms: jax.Array, m: jax.Array, rate: jax.Array) -> jax.Array:
 
 
 def _once(
-    count: jax.Array, warmup: Number, ratio: Number, value: jax.Array
+    count: jax.Array, warmup: Number, ratio: Number, value: jax.Array, least: float = 0
 ) -> jax.Array:
     """The multiple of a value that has seen enough; inf until then."""
-    return _multiple(ratio, value, enough(count, warmup) & (value > 0))
+    limit = _multiple(ratio, value, least)
+    return jnp.where(enough(count, warmup), limit, jnp.inf)
 
 
-def _multiple(ratio: Number, value: jax.Array, ready: jax.Array) -> jax.Array:
-    ratio = jnp.maximum(cast(ratio, value), 0)
-    finite = jnp.minimum(ratio, jnp.finfo(value.dtype).max)
-    return jnp.where(ready & ~(ratio == jnp.inf), finite * value, jnp.inf)
+def _multiple(ratio: Number, value: jax.Array, least: float = 0) -> jax.Array:
+    """The multiple of a value; inf where it is 0, as it is before the first."""
+    return jnp.where(value > 0, times(ratio, value, least), jnp.inf)
 
 
 def running_rate(decay: Number, like: jax.Array) -> jax.Array:
     """The share 1 - decay of what is new, rounded once if decay is static."""
     if is_static_number(decay):
         return cast(1 - decay, like)
-    return 1 - jnp.clip(cast(decay, like), 0, 1)
+    return jnp.clip(1 - cast(decay, like), jnp.finfo(like.dtype).eps, 1)
 
 
 def _debiased_rate(decay: Number, count: jax.Array) -> jax.Array:
     """The rate (1 - decay) / (1 - decay^t) that makes a running average unbiased."""
     rate = running_rate(decay, count)
     return rate / -jnp.expm1(count * jnp.log1p(-rate))
-
-
-def _check_ratio(ratio: Number, observe: Any, who: str) -> None:
-    check_observe(observe, who)
-    if observe == "kept":
-        _check_rises(ratio, f"{who}: ratio")
-    else:
-        check_number(ratio, f"{who}: ratio")
 
 
 def _check_rises(value: Number, who: str) -> None:

@@ -85,7 +85,8 @@ def relative(
 def at_most(*values: BoundLike) -> Bound:
     """Makes the bound that is the smallest of several.
 
-    Each sees what it sees alone, and learns from what all of them together kept.
+    Each sees what it sees alone; one that learns what was kept learns what all of them
+    together kept.
 
     Args:
       *values: numbers, schedules, bounds, or pytree prefixes of these.
@@ -111,7 +112,7 @@ def at_least(*values: BoundLike) -> Bound:
     """Makes the bound that is the largest of several.
 
     For instance a learned one that is not to fall below a number. Each sees what it
-    sees alone, and learns from what all of them together kept.
+    sees alone; one that learns what was kept learns what all of them together kept.
 
     Args:
       *values: numbers, schedules, bounds, or pytree prefixes of these.
@@ -137,7 +138,7 @@ def plus(*values: BoundLike) -> Bound:
     """Makes the bound that is the sum of several.
 
     For instance a running mean plus three running deviations. Each sees what it sees
-    alone, and learns from what all of them together kept.
+    alone; one that learns what was kept learns what all of them together kept.
 
     Args:
       *values: numbers, schedules, bounds, or pytree prefixes of these.
@@ -163,7 +164,7 @@ def phases(before: BoundLike, after: BoundLike) -> Bound:
     """Makes the bound that is one until another has a limit, cell by cell.
 
     `limit = before where after is inf else after`. A learned bound gives inf during its
-    warm-up: so long `before` holds, while `after` learns from what is kept. A cell that
+    warm-up: so long `before` holds, while `after` learns already. A cell that
     sees its first update late, such as an expert that was never used, has a late
     warm-up.
 
@@ -323,5 +324,5 @@ def _combination(choose: Callable, values: tuple[BoundLike, ...], who: str) -> B
 
 def _share(magnitude: jax.Array, size: jax.Array) -> jax.Array:
     """Magnitude over size; 0, from which no bound learns, where there is no size."""
-    ratio = quotient(magnitude, jnp.where(size > 0, size, 1))
+    ratio = quotient(magnitude, jnp.where(size == 0, 1, size))
     return jnp.where(size == 0, 0 * ratio, ratio)

@@ -11,7 +11,7 @@ from optaxclip._checks import (
     check_choice,
     check_count,
     check_decay,
-    check_number,
+    check_least_zero,
     check_that,
 )
 from optaxclip._numerics import hypot, quotient
@@ -22,8 +22,9 @@ from optaxclip.bounds._learned import (
     Statistic,
     check_observe,
     enough,
-    floating,
     learned,
+    one_more,
+    times,
 )
 from optaxclip.bounds._rules import Bound, cast
 
@@ -50,12 +51,13 @@ def deviation(
     `limit = k * std`, of the sample (n - 1). Add it to a centre:
     `plus(streaming_quantile(0.5), deviation(3.0))`.
 
-    Sees and learns from: see `observe`. Release: as `mean`.
+    Sees the past and learns from what was measured. Release: as `mean`.
 
     Args:
       k: multiple of the deviation.
       warmup: number of magnitudes a cell must have seen; inf until then.
-      observe: as in `mean`.
+      observe: "raw": the limit is of the past; "current": this update is seen too.
+        What was measured is learned in either case.
       who: the function of the caller, for messages.
 
     Returns:
@@ -76,7 +78,7 @@ def deviation(
       4.243
     """
     return _of_all_history(
-        lambda state, m: cast(k, m) * _sample_deviation(state, m),
+        lambda state, m: times(k, _sample_deviation(state, m)),
         k,
         warmup,
         observe,
@@ -95,13 +97,14 @@ def mean_std(
 
     `zscore` is its counterpart that forgets.
 
-    Sees and learns from: see `observe`. Release: as `mean`; learning from what was
-    measured, a spike widens the deviation for about as many updates as came before it.
+    Sees the past and learns from what was measured. Release: as `mean`; a spike widens
+    the deviation for about as many updates as came before it.
 
     Args:
       k: number of standard deviations, of the sample (n - 1).
       warmup: number of magnitudes a cell must have seen; inf until then.
-      observe: as in `mean`.
+      observe: "raw": the limit is of the past; "current": this update is seen too.
+        What was measured is learned in either case.
       who: the function of the caller, for messages.
 
     Returns:
@@ -123,7 +126,7 @@ def mean_std(
       [6.24...]
     """
     return _of_all_history(
-        lambda state, m: state.mean + cast(k, m) * _sample_deviation(state, m),
+        lambda state, m: state.mean + times(k, _sample_deviation(state, m)),
         k,
         warmup,
         observe,
@@ -147,7 +150,7 @@ def zscore(
     | `beyond` | limit of a spike |
     |---|---|
     | "reciprocal" | `mean + z std * z (std + eps) / (m - mean)`: the larger, the closer to the mean |
-    | "limit" | `mean + z std` |
+    | "limit" | `mean + z (std + eps)` |
     | "mean" | `mean` |
 
     Over the first `warmup` magnitudes mean and deviation (of the population) are plain,
@@ -166,7 +169,8 @@ def zscore(
       z: number of deviations, > 0.
       decay: share of the averages that is kept at every update, in [0, 1).
       warmup: number of magnitudes a cell must have seen, at least 2; inf until then.
-      eps: added to the deviation when a spike is judged.
+      eps: added to the deviation when a spike is judged, in the units of the
+        magnitudes.
       beyond: the limit of a spike.
       who: the function of the caller, for messages.
 
@@ -193,7 +197,8 @@ def zscore(
     References:
       Kumar et al., ZClip, 2025, https://arxiv.org/abs/2504.02507 and its code, which has
       the three kinds of limit. Differs: the factor is `limit / m`, not
-      `limit / (m + 1e-6)`.
+      `limit / (m + 1e-6)`; "limit" has no `eps` there, so that a deviation of exactly 0
+      would never grow; `clip_factor` and `skip_update_on_spike` are left out.
     """  # noqa: E501
     check_that(
         z,
@@ -205,25 +210,24 @@ def zscore(
     )
     check_decay(decay, f"{who}: decay")
     check_count(warmup, f"{who}: warmup")
-    check_number(eps, f"{who}: eps")
+    check_least_zero(eps, f"{who}: eps")
     check_choice(beyond, f"{who}: beyond", ("reciprocal", "limit", "mean"))
 
     def add(state, m):
-        count = floating(state.count + 1, m)
-        plain = _spread(state, m, 1 / count, exact=True)
+        plain = _spread(state, m, 1 / one_more(state.count, m), exact=True)
         running = _spread(state, m, running_rate(decay, m), exact=False)
         starting = ~enough(state.count, warmup, least=2)
         choose = lambda a, b: jnp.where(starting, a, b)
         return jax.tree.map(choose, plain, running)
 
     def limit(state, m):
-        reach = jnp.maximum(cast(z, m), 0)
-        most = state.mean + reach * (state.deviation + cast(eps, m))
+        least = jnp.maximum(cast(eps, m), 0)
+        room, raised = times(z, state.deviation), times(z, state.deviation + least)
+        most = state.mean + raised
         excess = jnp.where(m > most, m - state.mean, 1)
         cut = {
-            "reciprocal": state.mean
-            + reach * state.deviation * quotient(most - state.mean, excess),
-            "limit": state.mean + reach * state.deviation,
+            "reciprocal": state.mean + room * quotient(raised, excess),
+            "limit": most,
             "mean": state.mean,
         }[beyond]
         ready = enough(state.count, warmup, least=2)
@@ -241,12 +245,12 @@ def _of_all_history(
     who: str,
 ) -> Bound:
     """A bound of the mean and deviation of everything, of which 2 are needed."""
-    check_number(k, f"{who}: k")
+    check_least_zero(k, f"{who}: k")
     check_count(warmup, f"{who}: warmup")
     check_observe(observe, who)
 
     def add(state, m):
-        return _spread(state, m, 1 / floating(state.count + 1, m), exact=True)
+        return _spread(state, m, 1 / one_more(state.count, m), exact=True)
 
     def once(state, m):
         ready = enough(state.count, warmup, least=2)
@@ -278,5 +282,5 @@ def _spread(state: SpreadState, m: jax.Array, rate: jax.Array, *, exact: bool):
 
 
 def _sample_deviation(state: SpreadState, m: jax.Array) -> jax.Array:
-    count = floating(jnp.maximum(state.count, 2), m)
+    count = jnp.maximum(state.count, 2).astype(m.dtype)
     return state.deviation * jnp.sqrt(count / (count - 1))

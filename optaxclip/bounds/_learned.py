@@ -8,12 +8,12 @@ import jax.numpy as jnp
 
 from optaxclip import _trees
 from optaxclip._checks import check_choice
-from optaxclip.bounds._rules import Bound, refuse_no_state
+from optaxclip.bounds._rules import Bound, cast, refuse_no_state
 
 PyTree = Any
 
 Number = jax.typing.ArrayLike
-Observe = Literal["raw", "kept", "current"]
+Observe = Literal["raw", "current"]
 
 
 class Statistic(NamedTuple):
@@ -56,19 +56,25 @@ def learned(statistic: Statistic, observe: str, who: str, window: int = 0) -> Bo
 
     def init(magnitudes):
         leaves, treedef = jax.tree.flatten(magnitudes)
-        fresh = [statistic.init(m) for m in leaves]
-        # Each a buffer of its own, so that the state can be donated.
-        return _by_field(statistic, jax.tree.map(jnp.copy, fresh), treedef)
+        cells = [_placed(statistic.init(m), m) for m in leaves]
+        return _by_field(statistic, cells, treedef)
 
     def limit(state, magnitudes, own):
         del own
         refuse_no_state(state, f"{who}: its bound")
+        if not isinstance(state, statistic.state):
+            raise ValueError(
+                f"{who}: state must be a {statistic.state.__name__}, got "
+                f"{type(state).__name__}. Pass the state that tx.init made."
+            )
         treedef = jax.tree.structure(state[0])
         cells = [
             statistic.state(*fields)
             for fields in zip(*map(jax.tree.leaves, state), strict=True)
         ]
         seen = _laid_out(treedef, magnitudes, state, who)
+        for cell, m in zip(cells, seen):
+            _check_shapes(cell, m, window, who)
         after = [_grown(statistic, *args) for args in zip(cells, seen, seen)]
         at = after if observe == "current" else cells
         limits = [_limit(statistic, *args) for args in zip(at, seen)]
@@ -94,8 +100,11 @@ def learned(statistic: Statistic, observe: str, who: str, window: int = 0) -> Bo
 
 
 def check_observe(observe: Any, who: str) -> None:
-    """Refuses what is no way of observing."""
-    check_choice(observe, f"{who}: observe", ("raw", "kept", "current"))
+    """Refuses what is no way of observing all of history.
+
+    What is kept is never above such a limit, so one that learned it could only fall.
+    """
+    check_choice(observe, f"{who}: observe", ("raw", "current"))
 
 
 def enough(count: jax.Array, warmup: Number, least: int = 1) -> jax.Array:
@@ -104,9 +113,31 @@ def enough(count: jax.Array, warmup: Number, least: int = 1) -> jax.Array:
     return count.astype(needed.dtype) >= needed
 
 
-def floating(count: jax.Array, like: jax.Array) -> jax.Array:
-    """A count in the dtype of a magnitude."""
-    return count.astype(like.dtype)
+def one_more(count: jax.Array, like: jax.Array) -> jax.Array:
+    """The count after one more, in the dtype of a magnitude; it does not overflow."""
+    return count.astype(like.dtype) + 1
+
+
+def times(ratio: Number, value: jax.Array, least: float = 0) -> jax.Array:
+    """The multiple of a value; inf for a ratio of inf, whatever the value."""
+    ratio = jnp.maximum(cast(ratio, value), least)
+    finite = jnp.minimum(ratio, jnp.finfo(value.dtype).max)
+    return jnp.where(ratio == jnp.inf, jnp.inf, finite * value)
+
+
+def _placed(cell: Any, magnitude: Any) -> Any:
+    """A fresh cell, sharded as the magnitude is, in buffers that can be donated."""
+    described = isinstance(magnitude, jax.ShapeDtypeStruct)
+    sharding = (magnitude if described else jax.typeof(magnitude)).sharding
+    spec = getattr(sharding, "spec", ())
+
+    def place(field):
+        if not any(spec):
+            return jnp.copy(field)
+        whole = [None] * (field.ndim - magnitude.ndim)
+        return jax.sharding.reshard(field, jax.P(*whole, *spec))
+
+    return jax.tree.map(place, cell)
 
 
 def _grown(statistic: Statistic, cell: Any, seen: Any, kept: Any) -> Any:
@@ -131,7 +162,8 @@ def _observed(seen: jax.Array, kept: jax.Array) -> tuple[jax.Array, jax.Array]:
 def _limit(statistic: Statistic, cell: Any, seen: Any) -> Any:
     if _trees.absent(seen):
         return seen
-    return statistic.limit(cell, seen.astype(_dtype(cell))).astype(seen.dtype)
+    limits = statistic.limit(cell, seen.astype(_dtype(cell)))
+    return jnp.maximum(limits, 0).astype(seen.dtype)
 
 
 def _dtype(cell: Any) -> Any:
@@ -146,6 +178,21 @@ def _by_field(statistic: Statistic, cells: list[Any], treedef: Any) -> Any:
     return statistic.state(
         *(treedef.unflatten([getattr(c, name) for c in cells]) for name in names)
     )
+
+
+def _check_shapes(cell: Any, seen: Any, window: int, who: str) -> None:
+    """Refuses a state of other updates, or of another window."""
+    if _trees.absent(seen):
+        return
+    for field in cell:
+        stored = field.shape[: field.ndim - seen.ndim]
+        other = bool(window and stored) and stored != (window,)
+        if other or field.shape[len(stored) :] != seen.shape:
+            raise ValueError(
+                f"{who}: state must be that of these updates and arguments, got an "
+                f"array of shape {field.shape} for magnitudes of shape {seen.shape}. "
+                "Pass the state that tx.init made."
+            )
 
 
 def _laid_out(treedef: Any, magnitudes: PyTree, state: Any, who: str) -> list[Any]:

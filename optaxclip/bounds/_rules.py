@@ -63,6 +63,12 @@ def of(value: BoundLike, who: str = "bounds.of: value") -> Bound:
     """  # noqa: E501
     if isinstance(value, Bound):
         return value
+    if isinstance(value, optax.GradientTransformation):
+        function, argument = who.split(": ")
+        raise TypeError(
+            f"{function}: {argument} must be a number, a schedule or a bound, got a "
+            "gradient transformation. Pass its bound: clip.bound."
+        )
     if _trees.is_function(value):
         return schedule(value, who)
     leaves = jax.tree.leaves(value, is_leaf=_is_rule)
@@ -139,7 +145,14 @@ def schedule(
     def limit(state, magnitudes, own):
         del own
         refuse_no_state(state, who)
-        limits = _limits(value(state.step), magnitudes, who)
+        found = value(state.step)
+        if isinstance(found, Bound | optax.GradientTransformation):
+            function, argument = who.split(": ")
+            raise TypeError(
+                f"{function}: {argument} must be a schedule of numbers, got a function "
+                f"that returns a {type(found).__name__}. Call it, and pass that."
+            )
+        limits = _limits(found, magnitudes, who)
         following = ScheduleState(step=jnp.asarray(optax.safe_increment(state.step)))
         return limits, lambda kept: following
 
