@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optaxclip import _trees
+
 PyTree = Any
 
 
@@ -114,7 +116,13 @@ def records(opt_state: PyTree) -> list[Record]:
 
 
 def _typed_like(old: PyTree, new: PyTree) -> PyTree:
-    return jax.tree.map(lambda o, n: n.astype(o.dtype), old, new)
+    """The new tree in the dtypes of the old; the old where an update is missing."""
+    return jax.tree.map(
+        lambda n, o: o if _trees.absent(n) else n.astype(o.dtype),
+        new,
+        old,
+        is_leaf=_trees.absent,
+    )
 
 
 def _largest(magnitude: jax.Array) -> jax.Array:

@@ -1,6 +1,8 @@
 """The laws that every clip obeys, each over the table of factories."""
 
+import inspect
 import math
+import re
 
 import chex
 import jax
@@ -9,9 +11,10 @@ import numpy as np
 import optax
 import pytest
 from oracles import new_magnitude, wide
-from tables import BY_NAME, CASES, HARD, applied, eps, label, tree
+from tables import CASES, HARD, LEARNED, applied, eps, label, tree
 
 import optaxclip
+from optaxclip import bounds
 
 pytestmark = pytest.mark.usefixtures("strict")
 
@@ -399,6 +402,21 @@ def test_derivatives_are_finite_at_the_ends_of_the_range(case, magnitude):
         assert np.isfinite(np.asarray(leaf)).all()
 
 
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c.name.startswith("normalize")], ids=lambda c: c.name
+)
+def test_derivatives_are_finite_where_tiny_updates_are_raised(case):
+    """They are about the limit over the magnitude."""
+    updates, params = tree(jnp.float32, 1e-30), tree(jnp.float32, seed=1)
+    tx = case.make(1.0)
+    run = jax.jit(lambda u: tx.update(u, tx.init(u), params)[0])
+    tangent = jax.tree.map(lambda u: u / 1e-30, updates)
+    _, forward = jax.jvp(run, (updates,), (tangent,))
+    _, pull = jax.vjp(run, updates)
+    for leaf in jax.tree.leaves((forward, pull(tangent))):
+        assert np.isfinite(np.asarray(leaf)).all()
+
+
 @every
 def test_derivatives_are_those_of_finite_differences(case):
     with jax.enable_x64(True):
@@ -449,10 +467,31 @@ def test_a_global_clip_keeps_the_direction(case):
     assert 1 - cosine < 1e-12
 
 
-def test_every_public_factory_is_in_the_table():
-    transformations = {
-        name
-        for name in optaxclip.__all__
-        if name.startswith(("clip", "adaptive", "normalize"))
+def test_every_public_factory_is_in_a_table():
+    def makes_a_transformation(factory):
+        if inspect.isclass(factory) or not callable(factory):
+            return False
+        made = inspect.signature(factory).return_annotation
+        return inspect.isclass(made) and issubclass(made, optax.GradientTransformation)
+
+    rows = {row.name.split(":")[0] for row in (*CASES, *LEARNED)}
+    wrappers = {"check_finite", "zero_nonfinite"}
+    made = {
+        n for n in optaxclip.__all__ if makes_a_transformation(getattr(optaxclip, n))
     }
-    assert transformations <= {case.name.split(":")[0] for case in BY_NAME.values()}
+    assert "clip" in made and "adagc" in made and "acclip" in made
+    assert made - rows == wrappers
+
+
+def test_every_learned_bound_is_in_the_table():
+    """In a row whose name begins with the bound, or in a named method."""
+    methods = {
+        "deviation": "plus",
+        "schedule": "adopt_clip",
+        "recorded": "parts",
+        "constant": "adagc",
+        "of": "adagc",
+    }
+    factories = {n for n in bounds.__all__ if inspect.isfunction(getattr(bounds, n))}
+    names = {word for row in LEARNED for word in re.split(r"[ :]", row.name)}
+    assert {methods.get(name, name) for name in factories} <= names

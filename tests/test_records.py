@@ -87,3 +87,13 @@ def test_the_schedule_goes_on_inside_a_record():
 
 def test_no_record_no_result():
     assert optaxclip.records(optax.adam(1e-3).init(TREE)) == []
+
+
+def test_a_missing_gradient_leaves_its_part_of_the_record():
+    tx = optaxclip.recorded(optaxclip.ema_clip(2.0))
+    _, state = tx.update(TREE, tx.init(TREE))
+    out, after = tx.update({**TREE, "b": None}, state)
+    assert out["b"] is None
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    assert float(after.norm["b"]) == float(state.norm["b"])
+    assert int(after.steps) == 2

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import optaxclip
-from optaxclip import clip_by, scopes
+from optaxclip import clip_by, scopes, shapes
 
 pytestmark = pytest.mark.usefixtures("strict")
 UPDATES = {
@@ -133,3 +133,85 @@ def test_signed_zeros_and_subnormals_survive():
         got = np.asarray(tx.update(u, None)[0])
         assert got[:3].tobytes() == np.asarray(u)[:3].tobytes()
         assert got[3] == -1
+
+
+def peaks(rescale, limit, u, shape=shapes.hard):
+    return np.asarray(clip_by(scopes.peak(rescale), limit, shape).update(u, None)[0])
+
+
+PEAKED = jnp.array([[0.5, -4.0, 8.0], [-8.0, 2.0, 0.0]])
+
+
+@pytest.mark.parametrize("rescale", [False, True])
+def test_a_peak_cuts_what_is_beyond_and_leaves_the_rest(rescale):
+    got = peaks(rescale, 3.0, PEAKED)
+    cut = [3 * 4 / 8, 3, 3] if rescale else [3, 3, 3]
+    want = np.array([[0.5, -cut[0], cut[1]], [-cut[2], 2.0, 0.0]], np.float32)
+    within = np.abs(PEAKED) <= 3
+    assert got[within].tobytes() == np.asarray(PEAKED)[within].tobytes()
+    np.testing.assert_allclose(got, want, rtol=1e-7)
+    assert np.abs(got).max() == 3
+    assert peaks(rescale, 8.0, PEAKED).tobytes() == np.asarray(PEAKED).tobytes()
+    np.testing.assert_array_equal(peaks(rescale, 0.0, PEAKED), 0 * PEAKED)
+
+
+@pytest.mark.parametrize("rescale", [False, True])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("limit", [0.1, 1.0, 3.7])
+def test_the_new_peak_is_the_new_magnitude(rescale, dtype, limit):
+    u = jnp.asarray(np.random.default_rng(0).normal(size=(40, 5)) * 3, dtype)
+    got = peaks(rescale, limit, u)
+    assert got.dtype == dtype
+    eps = float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(np.abs(np.float64(got)).max(), limit, rtol=2 * eps)
+    within = np.abs(np.float64(u)) <= limit
+    assert 0 < within.sum() < u.size
+    assert got[within].tobytes() == np.asarray(u)[within].tobytes()
+
+
+def test_clamping_to_a_peak_is_the_nearest_point_within():
+    """The projection is the only point p with (u - p) (q - p) <= 0 for all q within."""
+    rng = np.random.default_rng(0)
+    u = jnp.asarray(rng.normal(size=7) * 3, jnp.float32)
+    p = np.float64(peaks(False, 2.0, u))
+    for q in rng.uniform(-2, 2, size=(100, 7)):
+        assert (np.float64(u) - p) @ (q - p) <= 1e-5
+
+
+@pytest.mark.parametrize("rescale", [False, True])
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
+def test_a_peak_that_is_not_finite_is_loud_in_its_leaf_only(rescale, bad):
+    updates = {"bad": PEAKED.at[0, 1].set(bad), "good": PEAKED}
+    tx = clip_by(scopes.peak(rescale), 3.0)
+    got, _ = tx.update(updates, tx.init(updates))
+    assert np.isnan(np.asarray(got["bad"])).all()
+    want = peaks(rescale, 3.0, PEAKED)
+    assert np.asarray(got["good"]).tobytes() == want.tobytes()
+    free, _ = clip_by(scopes.peak(rescale), jnp.inf).update(updates, None)
+    assert np.asarray(free["bad"]).tobytes() == np.asarray(updates["bad"]).tobytes()
+
+
+@pytest.mark.parametrize("rescale", [False, True])
+def test_a_floor_raises_the_peak_and_nothing_else(rescale):
+    got = peaks(rescale, 10.0, jnp.array([1.0, -5.0, 3.0]), shapes.floor)
+    np.testing.assert_allclose(got, [1.0, -10.0, 3.0], rtol=1e-7)
+    zeros = peaks(rescale, 10.0, jnp.zeros(3), shapes.floor)
+    np.testing.assert_array_equal(zeros, np.zeros(3))
+
+
+@pytest.mark.parametrize("rescale", [False, True])
+def test_a_complex_peak_keeps_its_phase(rescale):
+    u = jnp.array([3.0 + 4.0j, 0.3 - 0.4j, -1.2 + 1.6j])
+    got = peaks(rescale, 1.0, u)
+    small = 2 / 5 if rescale else 1
+    want = [0.6 + 0.8j, 0.3 - 0.4j, small * (-0.6 + 0.8j)]
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+    assert got.dtype == jnp.complex64 and got[1] == np.complex64(0.3 - 0.4j)
+
+
+def test_magnitudes_of_a_peak_are_those_of_the_inf_norm():
+    assert_tree(
+        magnitudes(scopes.peak()),
+        {"cell": {"kernel": 4.0, "bias": 2.0}, "head": 8.0, "step": None},
+    )
+    assert not scopes.peak().elementwise

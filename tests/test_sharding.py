@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from tables import CASES
+from tables import CASES, LEARNED
 
 SPECS = {
     "kernel": P("d", "t"),
@@ -31,9 +31,40 @@ MEASURED = [case for case in CASES if ":shape" not in case.name]
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("case", MEASURED, ids=lambda case: case.name)
 def test_equal_to_one_device(case, kind):
-    mesh = jax.make_mesh((4, 2), ("d", "t"), axis_types=(kind, kind))
     tx = case.make(0.5)
-    run = lambda u, p: tx.update(u, tx.init(u), p)[0]
+    check(lambda u, p: tx.update(u, tx.init(u), p)[0], kind)
+
+
+ROWS = [
+    "autoclip",
+    "adagc",
+    "adaclip:rescale",
+    "spam_clip",
+    "acclip",
+    "clip_by:percentile unit",
+]
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("name", ROWS)
+def test_what_learns_is_equal_to_one_device(name, kind):
+    (row,) = [row for row in LEARNED if row.name == name]
+    tx = row.make()
+
+    def run(updates, params):
+        def step(state, size):
+            u = jax.tree.map(lambda x: x * size, updates)
+            return tx.update(u, state, params)[1], None
+
+        sizes = jnp.array([1.0, 2.0, 0.5, 1.0, 1.5, 0.8])
+        state, _ = jax.lax.scan(step, tx.init(params), sizes)
+        return tx.update(jax.tree.map(lambda x: 3 * x, updates), state, params)[0]
+
+    check(run, kind)
+
+
+def check(run, kind):
+    mesh = jax.make_mesh((4, 2), ("d", "t"), axis_types=(kind, kind))
     local = [jax.tree.map(jnp.asarray, updates(seed)) for seed in (0, 1)]
     want = jax.jit(run)(*local)
     with jax.set_mesh(mesh):

@@ -225,7 +225,7 @@ def _moved(
         n + (m < h).astype(n.dtype)
         for n, h in zip(state.positions, heights, strict=True)
     ]
-    ranks[0], ranks[4] = state.positions[0], count
+    ranks[0], ranks[4] = state.positions[0], jnp.maximum(count, 6)
     shares = {1: quantile / 2, 2: quantile, 3: (1 + quantile) / 2}
     total = (count - 1).astype(m.dtype)
     for i, share in shares.items():
