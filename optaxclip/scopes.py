@@ -30,7 +30,7 @@ from jax import lax
 
 from optaxclip import _trees, axes, norms
 from optaxclip._checks import check_number
-from optaxclip._numerics import quotient
+from optaxclip._numerics import quotient, rescaled
 
 PyTree = Any
 Rebuild = Callable[[PyTree, PyTree], PyTree]
@@ -411,22 +411,24 @@ def _rescaling(
 
     def rebuild(kept, alone):
         cells = zip(seen, listed(kept), listed(alone), strict=True)
-        factors = [quotient(*_terms(*cell)) for cell in cells]
+        terms = [_terms(*cell) for cell in cells]
+        factors = [quotient(*t) for t in terms]
         still = [factor == 1 for factor in factors]
         spread: dict[Any, jax.Array] = {}
         new = []
         for u, cell in zip(part.arrays, cell_of, strict=True):
             real = _trees.widest(u.dtype, factors[cell].dtype)
             dtype = _trees.widened(u.dtype, real)
-            factor = factors[cell].astype(dtype)
+            factor, *ends = (x.astype(dtype) for x in (factors[cell], *terms[cell]))
+            wide = u.astype(dtype)
             if factor.ndim:
-                scaled = (u.astype(dtype) * factor).astype(u.dtype)
+                scaled = rescaled(wide * factor, wide, *ends).astype(u.dtype)
                 new.append(jnp.where(still[cell], u, scaled))
                 continue
             like = (cell, jax.typeof(u))
             if like not in spread:
                 spread[like] = lax.full_like(u, factor, dtype)
-            scaled = (u.astype(dtype) * spread[like]).astype(u.dtype)
+            scaled = rescaled(wide * spread[like], wide, *ends).astype(u.dtype)
             new.append(lax.select(still[cell], u, scaled))
         return part.replace(new)
 
@@ -467,5 +469,6 @@ def _precisely(u: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
     dtype = _trees.widened(u.dtype, _trees.widest(u.dtype, old.dtype))
     high, low = (lax.full_like(u, part.astype(dtype), dtype) for part in (high, low))
     wide = u.astype(dtype)
-    scaled = (wide * high + wide * low).astype(u.dtype)
+    ends = (x.astype(dtype) for x in (new, old))
+    scaled = rescaled(wide * high + wide * low, wide, *ends).astype(u.dtype)
     return lax.select(new == old, u, scaled)
