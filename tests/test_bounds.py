@@ -205,6 +205,7 @@ def test_a_parameter_of_zero_sets_no_limit_and_teaches_nothing_without_a_floor()
         lambda x: optaxclip.adagn(eps=x),
         lambda x: optaxclip.ema_clip(x),
         lambda x: optaxclip.norm_growth_clip(x),
+        lambda x: optaxclip.spam_clip(x, warmup=1),
         lambda x: optaxclip.quantile_clip(rate=x),
         lambda x: optaxclip.acclip(decay=x),
         lambda x: optaxclip.adopt_clip(x),

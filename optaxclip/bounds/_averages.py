@@ -364,7 +364,7 @@ def second_moment(
     check_decay(decay, f"{who}: decay")
 
     def limit(state, m):
-        return _multiple(jnp.sqrt(cast(threshold, m)), state.rms, least=1)
+        return _multiple(jnp.sqrt(jnp.maximum(cast(threshold, m), 1)), state.rms)
 
     statistic = Statistic(
         SecondMomentState,

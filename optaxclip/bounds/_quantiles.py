@@ -21,7 +21,7 @@ from optaxclip.bounds._learned import (
     learned,
 )
 from optaxclip.bounds._rules import Bound, cast
-from optaxclip.bounds._windows import column, interpolated, last, replaced
+from optaxclip.bounds._windows import column, interpolated, last_rank, replaced
 
 PyTree = Any
 
@@ -119,7 +119,7 @@ def streaming_quantile(
 
     def limit(state, m):
         filled = jnp.minimum(state.count, 5)
-        few = interpolated(state.heights, filled, share(m) * last(filled, m))
+        few = interpolated(state.heights, filled, share(m) * last_rank(filled, m))
         value = jnp.where(state.count <= 5, few, state.heights[2])
         return jnp.where(enough(state.count, warmup), value, jnp.inf)
 

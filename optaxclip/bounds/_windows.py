@@ -101,15 +101,14 @@ def percentile(
         lambda p: 0 <= p <= 100,
         "Pass the percentage of updates that lie below the limit.",
     )
-    window = _check_window(window, warmup, who)
-    least = jnp.minimum(warmup, window) if isinstance(warmup, jax.Array) else warmup
+    window, warmup = _check_window(window, warmup, who)
     check_observe(observe, who)
 
     def limit(state, m):
         filled = jnp.minimum(state.count, window)
-        rank = jnp.clip(cast(percentile, m), 0, 100) * last(filled, m) / 100
+        rank = jnp.clip(cast(percentile, m), 0, 100) * last_rank(filled, m) / 100
         value = interpolated(state.ordered, filled, rank)
-        return jnp.where(enough(filled, least), value, jnp.inf)
+        return jnp.where(enough(filled, warmup), value, jnp.inf)
 
     return learned(_windowed(window, limit), observe, who, window)
 
@@ -161,29 +160,31 @@ def median_mad(
       Hampel, The influence curve and its role in robust estimation, 1974.
     """
     check_least_zero(k, f"{who}: k")
-    window = _check_window(window, warmup, who)
-    least = jnp.minimum(warmup, window) if isinstance(warmup, jax.Array) else warmup
+    window, warmup = _check_window(window, warmup, who)
     check_observe(observe, who)
 
     def limit(state, m):
         filled = jnp.minimum(state.count, window)
-        median = interpolated(state.ordered, filled, last(filled, m) / 2)
+        median = interpolated(state.ordered, filled, last_rank(filled, m) / 2)
         mad = _median_distance(state.ordered, filled, median)
         value = median + times(k, cast(_NORMAL_MAD, m) * mad)
-        return jnp.where(enough(filled, least), value, jnp.inf)
+        return jnp.where(enough(filled, warmup), value, jnp.inf)
 
     return learned(_windowed(window, limit), observe, who, window)
 
 
-def _check_window(window: Any, warmup: Number, who: str) -> int:
+def _check_window(window: Any, warmup: Number, who: str) -> tuple[int, Number]:
+    """Returns both, a traced warm-up at most the window."""
     size = check_window(window, f"{who}: window")
     check_count(warmup, f"{who}: warmup")
-    if not isinstance(warmup, jax.Array) and warmup > size:  # pyright: ignore
+    if isinstance(warmup, jax.Array):
+        return size, jnp.minimum(warmup, size)
+    if warmup > size:  # pyright: ignore[reportOperatorIssue]
         raise ValueError(
             f"{who}: warmup must be at most window={size}, got warmup={warmup!r}. "
             "Pass a smaller one: the limit would never be used."
         )
-    return size
+    return size, warmup
 
 
 def _windowed(window: int, limit: Callable) -> Statistic:
@@ -241,7 +242,7 @@ def _shifted(values: jax.Array, by: int, fill: jax.Array) -> jax.Array:
     return lax.pad(values, fill, [(by, -by, 0)] + [(0, 0, 0)] * (values.ndim - 1))
 
 
-def last(filled: jax.Array, like: jax.Array) -> jax.Array:
+def last_rank(filled: jax.Array, like: jax.Array) -> jax.Array:
     """The rank, from 0, of the last of so many values."""
     return jnp.maximum(filled - 1, 0).astype(like.dtype)
 
