@@ -22,7 +22,7 @@ from optaxclip.adaptive import (
     zclip,
 )
 from optaxclip.beyond import acclip, clippy, scale_by_stable_adam
-from optaxclip.clip import Clip, clip_by, recorded
+from optaxclip.clip import Clip, clip_by, recorded, sharded
 from optaxclip.norms import unitwise_norm
 from optaxclip.per_example import (
     per_example_global_norm_clip,
@@ -90,6 +90,7 @@ __all__ = [
     "scale_by_stable_adam",
     "scopes",
     "shapes",
+    "sharded",
     "spam_clip",
     "unitwise_clip",
     "unitwise_norm",

@@ -26,6 +26,11 @@ class Counted(NamedTuple):
     leaves: list[Any]
     treedef: Any
 
+    def path(self, i: int) -> str:
+        """Names the place of an array, as `layer/kernel`."""
+        numbered = self.treedef.unflatten(range(len(self.leaves)))
+        return name(_key_paths(numbered)[self.indices[i]])
+
     def replace(self, arrays: Sequence[jax.Array]) -> PyTree:
         """Returns the tree with other arrays, their dtypes and weak types kept."""
         leaves = list(self.leaves)

@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 
-from optaxclip import _trees, norms
+from optaxclip import _mesh, _trees, norms
 from optaxclip._checks import check_decay, check_least_zero, check_that
 from optaxclip._numerics import quotient
 from optaxclip.bounds._rules import refuse_no_state
@@ -23,7 +22,7 @@ Number = jax.typing.ArrayLike
 
 
 def clippy(
-    ratio: Number = 0.5, *, absolute: Number = 1e-2
+    ratio: Number = 0.5, *, absolute: Number = 1e-2, axis_name: _mesh.AxisName = None
 ) -> optax.GradientTransformationExtraArgs:
     """Scales every array so that no element moves its parameter too far.
 
@@ -36,6 +35,7 @@ def clippy(
     Args:
       ratio: largest share of its parameter that an element may move, >= 0.
       absolute: what it may move beside that, >= 0, in the units of the params.
+      axis_name: over which mesh axes leaves are split; see `optaxclip.sharded`.
 
     Returns:
       A transformation without state. Its `update` needs params. An array with a NaN or
@@ -59,15 +59,17 @@ def clippy(
     """
     check_least_zero(ratio, "clippy: ratio")
     check_least_zero(absolute, "clippy: absolute")
+    axis_name = _mesh.check_axis_name(axis_name, "clippy")
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
-        part = _trees.counted(updates)
+        part = _trees.counted(_mesh.aligned(updates, params, "clippy"))
         own = part.values(_trees.align(params, updates, "clippy"))
+        layout = _mesh.layout(part, axis_name, "clippy")
         pairs = list(zip(part.arrays, map(jnp.asarray, own), strict=True))
         shares = [_share_of_reach(u, w, ratio, absolute) for u, w in pairs]
-        farthest = norms.measure(shares, ord=math.inf)
-        largest = norms.measure(part.arrays, ord=math.inf)
+        farthest = norms.measure(shares, layout, ord=math.inf)
+        largest = norms.measure(part.arrays, layout, ord=math.inf)
         free = jnp.maximum(ratio, absolute) == jnp.inf
         new = [
             _slowed(*sizes, free)
@@ -150,10 +152,8 @@ def acclip(
 
     def init(params):
         # Only shapes are wanted.
-        return jax.tree.map(
-            lambda x: lax.full(x.shape, 0, x.dtype, sharding=x.sharding),
-            jax.eval_shape(wide, params),
-        )
+        described = jax.eval_shape(wide, params)
+        return jax.tree.map(lambda like: _mesh.full(like, 0), described)
 
     def update(updates, state, params=None, **extra_args):
         del params, extra_args
@@ -180,7 +180,11 @@ def acclip(
 
 
 def scale_by_stable_adam(
-    b1: Number = 0.9, b2: Number = 0.99, eps: Number = 1e-8
+    b1: Number = 0.9,
+    b2: Number = 0.99,
+    eps: Number = 1e-8,
+    *,
+    axis_name: _mesh.AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Scales updates by Adam, and every array down when its gradient surprises Adam.
 
@@ -195,6 +199,7 @@ def scale_by_stable_adam(
       b1: share of the first moment that is kept at every update.
       b2: share of the second moment that is kept at every update.
       eps: added to the root of the second moment.
+      axis_name: over which mesh axes leaves are split; see `optaxclip.sharded`.
 
     Returns:
       A transformation with the state of `optax.scale_by_adam`.
@@ -220,10 +225,12 @@ def scale_by_stable_adam(
     check_decay(b1, "scale_by_stable_adam: b1")
     check_decay(b2, "scale_by_stable_adam: b2")
     check_least_zero(eps, "scale_by_stable_adam: eps")
+    axis_name = _mesh.check_axis_name(axis_name, "scale_by_stable_adam")
     adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
+        updates = _mesh.aligned(updates, params, "scale_by_stable_adam")
         found: tuple[PyTree, Any] = adam.update(updates, state, params)
         scaled, state = found
         squares = optax.tree.bias_correction(state.nu, b2, state.count)
@@ -235,7 +242,8 @@ def scale_by_stable_adam(
             usual = jnp.maximum(usual, jnp.asarray(eps).astype(real))
             usual = jnp.where(usual == 0, 1, usual)
             surprise.append(quotient(jnp.abs(u).astype(real), usual))
-        sizes = norms.measure(surprise, ord="rms")
+        layout = _mesh.layout(part, axis_name, "scale_by_stable_adam")
+        sizes = norms.measure(surprise, layout, ord="rms")
         calmed = [
             (s / jnp.maximum(size, 1).astype(s.dtype)).astype(u.dtype)
             for u, s, size in zip(part.arrays, part.values(scaled), sizes, strict=True)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaxclip import _trees, bounds, shapes
+from optaxclip import _mesh, _trees, bounds, shapes
 from optaxclip.scopes import Scope
 
 Shape = Callable[[jax.Array, jax.Array], jax.Array]
@@ -20,14 +20,22 @@ class Clip(optax.GradientTransformationExtraArgs):
       scope: what counts as one magnitude.
       bound: how large it may be.
       shape: what becomes of it beyond.
+      axis_name: over which mesh axes leaves are split, if types do not tell.
     """
 
     scope: Scope
     bound: bounds.Bound
     shape: Shape
+    axis_name: _mesh.AxisName
 
 
-def clip_by(scope: Scope, bound: bounds.BoundLike, shape: Shape = shapes.hard) -> Clip:
+def clip_by(
+    scope: Scope,
+    bound: bounds.BoundLike,
+    shape: Shape = shapes.hard,
+    *,
+    axis_name: _mesh.AxisName = None,
+) -> Clip:
     """Bounds the magnitudes of the updates and puts the directions back.
 
         updates --scope--> magnitudes --bound--> limits --shape--> new magnitudes
@@ -45,6 +53,7 @@ def clip_by(scope: Scope, bound: bounds.BoundLike, shape: Shape = shapes.hard) -
       bound: how large it may be: a number, a schedule, a bound, or a pytree prefix of
         these; see `optaxclip.bounds`.
       shape: what becomes of it beyond; see `optaxclip.shapes`.
+      axis_name: over which mesh axes leaves are split; see `optaxclip.sharded`.
 
     Returns:
       A transformation whose state is what the bound has learned: `optax.EmptyState` for
@@ -54,7 +63,7 @@ def clip_by(scope: Scope, bound: bounds.BoundLike, shape: Shape = shapes.hard) -
     Raises:
       TypeError, ValueError: for a bound that is not one; for one that remembers a
         window, if the cells are elements; by `init` and `update`, for trees that do not
-        fit.
+        fit; by `update`, inside `shard_map` and `pmap`, for what cannot be right there.
 
     Examples:
       Every column of a kernel at most a tenth of its own norm, smoothly:
@@ -81,16 +90,25 @@ def clip_by(scope: Scope, bound: bounds.BoundLike, shape: Shape = shapes.hard) -
             "params. Use bounds.tracked_quantile, which takes one, or a coarser scope."
         )
 
+    axis_name = _mesh.check_axis_name(axis_name, "clip_by")
+
     def init(params):
         # Only shapes are wanted: a norm that is given need not be measured.
-        return bound.init(jax.eval_shape(lambda p: scope.split(p, 0.0)[0], params))
+        known = _mesh.for_shapes(axis_name)
+        return bound.init(
+            jax.eval_shape(lambda p: scope.split(p, 0.0, known)[0], params)
+        )
 
     def update(updates, state, params=None, *, norm=None, **extra_args):
         del extra_args
-        seen, rebuild = scope.split(updates, norm)
+        updates = _mesh.aligned(
+            updates, None if scope.elementwise else params, "clip_by"
+        )
+        seen, rebuild = scope.split(updates, norm, axis_name)
 
         def own(who):
-            return scope.split(_trees.align(params, updates, who), None)[0]
+            aligned = _trees.align(params, updates, who)
+            return scope.split(aligned, None, axis_name)[0]
 
         limits, learn = bound.limit(state, seen, own)
         kept = jax.tree.map(lambda m, c: _new_magnitude(shape, m, c), seen, limits)
@@ -103,8 +121,55 @@ def clip_by(scope: Scope, bound: bounds.BoundLike, shape: Shape = shapes.hard) -
         return rebuild(kept, alone), learn(kept)
 
     clip = Clip(init, update)
-    clip.scope, clip.bound, clip.shape = scope, bound, shape
+    clip.scope, clip.bound, clip.shape, clip.axis_name = scope, bound, shape, axis_name
     return clip
+
+
+def sharded(clip: Clip, axis_name: _mesh.AxisName) -> Clip:
+    """Makes the same clip, which is told over which mesh axes leaves are split.
+
+    Under `jit` there is nothing to tell, and inside `shard_map` with `check_vma=True`
+    the types of the leaves tell. It is needed
+
+    * with `check_vma=False` and in `pmap`, where they do not;
+    * for norms of slices (`scopes.unit`, as in `adaptive_grad_clip`) of a leaf that is
+      split, for types do not tell along which dimension.
+
+    Args:
+      clip: what a named method or `clip_by` made.
+      axis_name: the `PartitionSpec`s of the updates, one for all or a pytree prefix, as
+        the `in_specs` of `shard_map`; or the name or names of mesh axes that every leaf
+        is split over. `()` says that every device has all of every leaf, as averaged
+        data-parallel gradients are in `pmap`. A single name cannot be checked where
+        types do not tell: a leaf that is not split would count several times.
+
+    Returns:
+      The same clip with an `axis_name`.
+
+    Raises:
+      TypeError: for what is not a clip, or no axis name.
+      ValueError: by `update`, for an axis that does not exist, specs of another
+        structure, and, where types tell, for what disagrees with them.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optaxclip
+      >>> from jax.sharding import PartitionSpec as P
+      >>> mesh = jax.make_mesh((1,), ("d",))
+      >>> clip = optaxclip.sharded(optaxclip.clip_by_unit_norm(1.0), P("d"))
+      >>> run = lambda updates: clip.update(updates, None)[0]
+      >>> run = jax.shard_map(run, mesh=mesh, in_specs=P("d"), out_specs=P("d"))
+      >>> print(run(jnp.array([[3.0, 0.0], [4.0, 0.5]])))
+      [[0.6 0. ]
+       [0.8 0.5]]
+    """
+    if not (isinstance(clip, Clip) and hasattr(clip, "scope")):
+        raise TypeError(
+            f"sharded: clip must be made by clip_by, as the named methods are, got "
+            f"{type(clip).__name__}. Tell each clip inside of it; other functions that "
+            "measure take axis_name."
+        )
+    axis_name = _mesh.check_axis_name(axis_name, "sharded")
+    return clip_by(clip.scope, clip.bound, clip.shape, axis_name=axis_name)
 
 
 @overload
@@ -139,7 +204,8 @@ def recorded(clip):
       5.0 3.0 1
     """
     if isinstance(clip, Clip) and hasattr(clip, "bound"):
-        return clip_by(clip.scope, bounds.recorded(clip.bound), clip.shape)
+        rule = bounds.recorded(clip.bound)
+        return clip_by(clip.scope, rule, clip.shape, axis_name=clip.axis_name)
     if isinstance(clip, optax.GradientTransformation):
         raise TypeError(
             "recorded: clip must be made by clip_by, as the named methods are, got "

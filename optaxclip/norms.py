@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from optaxclip import _trees
+from optaxclip import _mesh, _trees
 from optaxclip import axes as axes_
 from optaxclip._numerics import quotient
 
@@ -35,7 +35,9 @@ _SMALL = 2**14
 _FAN_IN = 128
 
 
-def tree_norm(tree: Any, ord: float | str | None = None) -> jax.Array:
+def tree_norm(
+    tree: Any, ord: float | str | None = None, axis_name: _mesh.AxisName = None
+) -> jax.Array:
     """Measures the norm of all leaves of a tree together.
 
     `(sum |x|^p)^(1/p)` over every element of every leaf; `ord` is p.
@@ -44,12 +46,14 @@ def tree_norm(tree: Any, ord: float | str | None = None) -> jax.Array:
       tree: pytree of arrays. Leaves that are not floating point do not count.
       ord: None or 2 (Euclidean), 1, `inf` (largest modulus), any p > 0, or "rms"
         (Euclidean norm divided by the square root of the number of elements).
+      axis_name: the mesh axes that leaves are split over, inside `shard_map` and
+        `pmap`; see `optaxclip.sharded`. None: read from their types.
 
     Returns:
       A scalar, float32 or wider; 0 for an empty tree, NaN or inf if an element is.
 
     Raises:
-      ValueError: if `ord` is none of these.
+      ValueError: if `ord` is none of these, or it is not known how a leaf is split.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -58,13 +62,16 @@ def tree_norm(tree: Any, ord: float | str | None = None) -> jax.Array:
       >>> print(f"{norms.tree_norm(tree):.3g} {norms.tree_norm(tree, ord=1):.3g}")
       5e+20 7e+20
     """
-    arrays = _trees.counted(tree).arrays
+    part = _trees.counted(_mesh.aligned(tree, None, "norms.tree_norm"))
     ord = check_ord(ord, "norms.tree_norm")
-    return measure(arrays, groups=[range(len(arrays))], ord=ord)[0]
+    split = _mesh.layout(part, axis_name, "norms.tree_norm")
+    return measure(part.arrays, split, groups=[range(len(part.arrays))], ord=ord)[0]
 
 
 def unitwise_norm(
-    x: jax.typing.ArrayLike, axis: int | tuple[int, ...] | None = None
+    x: jax.typing.ArrayLike,
+    axis: int | tuple[int, ...] | None = None,
+    axis_name: _mesh.AxisName = None,
 ) -> jax.Array:
     """Measures the Euclidean norm of each unit of an array.
 
@@ -72,12 +79,15 @@ def unitwise_norm(
       x: array of any real or complex dtype; integers are taken as float32.
       axis: the axes that are reduced. None chooses them by rank as
         `optaxclip.axes.by_rank` does.
+      axis_name: the `PartitionSpec` of `x` inside `shard_map`, if `x` is split; see
+        `optaxclip.sharded`.
 
     Returns:
       An array of the shape of `x`, float32 or wider, each unit holding its norm.
 
     Raises:
-      ValueError: if `axis` is out of range, or None and the rank is above 5.
+      ValueError: if `axis` is out of range, or None and the rank is above 5; if it is
+        not known how `x` is split.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -93,8 +103,11 @@ def unitwise_norm(
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         x = x.astype(jnp.float32)
-    reduced = axes_.resolve(axis, x, "unitwise_norm: axis")
-    (norm,) = measure([x], axes=reduced)
+    part = _trees.counted(_mesh.aligned(x, None, "unitwise_norm"))
+    (described,) = _mesh.whole(part, axis_name, "unitwise_norm")
+    reduced = axes_.resolve(axis, described, "unitwise_norm: axis")
+    split = _mesh.layout(part, axis_name, "unitwise_norm", reduced)
+    (norm,) = measure(part.arrays, split, axes=reduced)
     return norm + jnp.zeros_like(x, dtype=norm.dtype)
 
 
@@ -118,6 +131,7 @@ def check_ord(ord: Any, who: str) -> float | str:
 
 def measure(
     arrays: Sequence[jax.Array],
+    layout: _mesh.Layout,
     *,
     axes: Sequence[tuple[int, ...]] | None = None,
     groups: Sequence[Sequence[int]] | None = None,
@@ -125,8 +139,12 @@ def measure(
 ) -> list[jax.Array]:
     """Measures one norm per array, per slice of each array, or per group of arrays.
 
+    Where other devices hold other parts of a cell there is one collective for each set
+    of mesh axes, however many arrays there are.
+
     Args:
       arrays: real or complex floating point arrays.
+      layout: the mesh axes that the cells are split over.
       axes: for each array, the axes that are reduced; they are kept with length 1.
         None: all axes, giving scalars.
       groups: positions of the arrays that share a norm. None: each has its own.
@@ -134,48 +152,39 @@ def measure(
 
     Returns:
       The norms of each group, float32 or wider.
-
-    Raises:
-      ValueError: inside `shard_map` and `pmap`, where each device holds a part.
     """
-    if jax.sharding.get_abstract_mesh().manual_axes:
-        raise ValueError(
-            "optaxclip: a norm inside shard_map or pmap would be that of one device's "
-            "part. Clip outside, under jit (shardings are followed there), or measure "
-            "the norm yourself and give it to a clip by global norm: "
-            "tx.update(updates, state, params, norm=n)."
-        )
     static_axes = (None,) * len(arrays) if axes is None else tuple(axes)
     each = [(i,) for i in range(len(arrays))]
     static_groups = tuple(map(tuple, each if groups is None else groups))
-    return list(_jitted_norms(tuple(arrays), static_axes, static_groups, ord))
+    static = (layout, static_axes, static_groups, ord)
+    return list(_jitted_norms(tuple(arrays), *static))
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
-def _norms(arrays, axes, groups, p):
-    arrays = _widened(arrays, groups)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3, 4))
+def _norms(arrays, layout, axes, groups, p):
+    wide = _widened(arrays, groups)
     if p in (2, "rms"):
-        return _euclidean(arrays, axes, groups, mean=p == "rms")
-    moduli = [jnp.abs(x) for x in arrays]
+        return _euclidean(wide, layout, axes, groups, mean=p == "rms")
+    moduli = [jnp.abs(x) for x in wide]
     if p == 1:
-        return _joined([_sum(m, a) for m, a in zip(moduli, axes)], groups, _total)
-    largest = _joined([_max(m, a) for m, a in zip(moduli, axes)], groups, _largest)
+        return _totals([_sum(m, a) for m, a in zip(moduli, axes)], layout, groups)
+    largest = _largest_moduli(arrays, moduli, layout, axes, groups)
     if p == math.inf:
         return largest
     # Powers of moduli that are at most 1 cannot overflow.
     usable = [jnp.where((m > 0) & jnp.isfinite(m), m, 1) for m in largest]
-    units = _per_array(usable, groups, len(arrays))
+    units = _per_array(usable, groups, len(moduli))
     sums = [_sum((m / u) ** p, a) for m, u, a in zip(moduli, units, axes)]
     return [
         jnp.where(jnp.isfinite(m), (s ** (0.5 / p) * u) * s ** (0.5 / p), m)
-        for s, u, m in zip(_joined(sums, groups, _total), usable, largest)
+        for s, u, m in zip(_totals(sums, layout, groups), usable, largest)
     ]
 
 
 @_norms.defjvp
-def _norms_jvp(axes, groups, p, primals, tangents):
+def _norms_jvp(layout, axes, groups, p, primals, tangents):
     (arrays,), (tangents,) = primals, tangents
-    found = _norms(arrays, axes, groups, p)
+    found = _norms(arrays, layout, axes, groups, p)
     changes, ties = [], []
     norms = _per_array(found, groups, len(arrays))
     for x, dx, n, a in zip(arrays, tangents, norms, axes):
@@ -192,29 +201,29 @@ def _norms_jvp(axes, groups, p, primals, tangents):
             flat = quotient(modulus, safe) ** (p - 1)
             slope = jnp.sign(x) * (steep if p < 1 else flat)
         changes.append(_sum((jnp.conj(slope) * dx).real, a))
-    changes = _joined(changes, groups, _total)
+    changes = _totals(changes, layout, groups)
     if p == "rms":
-        sizes = _cell_sizes(arrays, axes, groups)
+        sizes = _cell_sizes(arrays, layout, axes, groups)
         changes = [c / max(size, 1) for c, size in zip(changes, sizes)]
     if ties:  # moduli that tie for the largest share the derivative
-        ties = _joined(ties, groups, _total)
+        ties = _totals(ties, layout, groups)
         changes = [c / jnp.maximum(t, 1) for c, t in zip(changes, ties)]
     return found, changes
 
 
 # Outside of jit too, a norm is one compiled call.
-_jitted_norms = jax.jit(_norms, static_argnums=(1, 2, 3), inline=True)
+_jitted_norms = jax.jit(_norms, static_argnums=(1, 2, 3, 4), inline=True)
 
 
-def _euclidean(arrays, axes, groups, mean):
+def _euclidean(arrays, layout, axes, groups, mean):
     """Sums the squares once, and again scaled by a power of two if a cell needs it."""
     if not arrays:
         return [jnp.zeros((), jnp.float32) for _ in groups]
     # A constant leaf must not be seen as one: XLA would square it and the scale apart.
-    arrays = lax.optimization_barrier(arrays)
-    start = [_unmeasured(arrays, axes, group) for group in groups]
+    arrays = _mesh.barrier(arrays)
+    start = [_unmeasured(arrays, layout, axes, group) for group in groups]
     dtypes = {n.dtype for n in start}
-    sizes = _cell_sizes(arrays, axes, groups)
+    sizes = _cell_sizes(arrays, layout, axes, groups)
     safe = {dtype: _safe_range(dtype, max(sizes)) for dtype in dtypes}
 
     def run(carry):
@@ -228,7 +237,7 @@ def _euclidean(arrays, axes, groups, mean):
             )
             for dtype, (lo, hi) in safe.items()
         }
-        sums = _joined(_squares(arrays, axes, scales, this), groups, _total)
+        sums = _totals(_squares(arrays, axes, scales, this), layout, groups)
         if mean:
             sums = [s / max(size, 1) for s, size in zip(sums, sizes)]
         norms = []
@@ -241,22 +250,38 @@ def _euclidean(arrays, axes, groups, mean):
         # Scalars of one dtype, and so of one safe range, are compared together.
         alike = {(n.shape, n.dtype) for n in norms} == {((), norms[0].dtype)}
         seen = [_stacked(norms)] if alike else norms
-        large = _any([n > safe[n.dtype][1] for n in seen])
-        small = _any([n < safe[n.dtype][0] for n in seen])
-        following = jnp.where((this < 2) & small, 2, 3)
-        following = jnp.where((this < 1) & large, 1, following)
+        large = _count([n > safe[n.dtype][1] for n in seen])
+        small = _count([n < safe[n.dtype][0] for n in seen])
+        if layout.beside:  # all devices must run the same passes
+            large, small = lax.psum((large, small), layout.beside)
+        following = jnp.where((this < 2) & (small > 0), 2, 3)
+        following = jnp.where((this < 1) & (large > 0), 1, following)
         return following.astype(jnp.int32), norms
 
     return lax.while_loop(lambda carry: carry[0] < 3, run, (jnp.int32(0), start))[1]
 
 
-def _unmeasured(arrays, axes, group):
-    """An infinite norm of the shape, dtype and sharding of one cell."""
+def _largest_moduli(arrays, moduli, layout, axes, groups):
+    """The largest moduli; NaN where one is, which a maximum over devices may lose."""
+    local = [_max(m, a) for m, a in zip(moduli, axes)]
+    largest = _mesh.joined(local, layout, groups, _largest, lax.pmax)
+    # Read behind a barrier, or XLA:CPU would write out what both reductions read.
+    again = _widened(_mesh.barrier(arrays), groups)
+    zeros = [_sum(jnp.abs(x) * 0, a) for x, a in zip(again, axes)]
+    lost = _totals(zeros, layout, groups)
+    return [
+        jnp.where(jnp.isnan(z) & (m < jnp.inf), z, m) for z, m in zip(lost, largest)
+    ]
+
+
+def _unmeasured(arrays, layout, axes, group):
+    """An infinite norm of the shape, dtype and place of one cell."""
     if not group:
         return jnp.full((), jnp.inf, jnp.float32)
-    x, axis = arrays[group[0]], axes[group[0]]
-    like = jax.eval_shape(functools.partial(_sum, axis=axis), x.real)
-    return lax.full(like.shape, jnp.inf, like.dtype, sharding=like.sharding)
+    x, axis, over = arrays[group[0]], axes[group[0]], layout.over[group[0]]
+    part = functools.partial(_sum, axis=axis)
+    measured = lambda x: lax.psum(part(x), over) if over else part(x)
+    return _mesh.full(jax.eval_shape(measured, x.real), jnp.inf)
 
 
 def _power_of_two(dtype, this):
@@ -315,17 +340,17 @@ def _safe_range(dtype, size):
     return math.sqrt(smallest), math.sqrt(float(info.max) / 4)
 
 
-def _cell_sizes(arrays, axes, groups):
-    """How many elements one cell of each group has."""
+def _cell_sizes(arrays, layout, axes, groups):
+    """How many elements one cell of each group has, on all devices together."""
     sizes = [
-        x.size if a is None else math.prod(x.shape[i] for i in a)
-        for x, a in zip(arrays, axes)
+        _mesh.size(over) * math.prod(x.shape if a is None else [x.shape[i] for i in a])
+        for x, over, a in zip(arrays, layout.over, axes)
     ]
     return [sum(sizes[i] for i in group) for group in groups]
 
 
-def _joined(values, groups, combine):
-    return [combine([values[i] for i in group]) for group in groups]
+def _totals(values, layout, groups):
+    return _mesh.joined(values, layout, groups, _total, lax.psum)
 
 
 def _per_array(cells, groups, count):
@@ -348,8 +373,8 @@ def _largest(values):
     return functools.reduce(jnp.maximum, values or [jnp.zeros((), jnp.float32)])
 
 
-def _any(flags):
-    return _total([jnp.any(flag).astype(jnp.float32) for flag in flags]) > 0
+def _count(flags):
+    return _total([jnp.any(flag).astype(jnp.float32) for flag in flags])
 
 
 def _stacked(values):

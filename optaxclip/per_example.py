@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optaxclip import _trees, norms
+from optaxclip import _mesh, _trees, norms
 from optaxclip._checks import check_number
 from optaxclip._numerics import quotient
 
@@ -105,6 +105,11 @@ def per_example_layer_norm_clip(
 def _examples(grads: PyTree, who: str) -> tuple[list[jax.Array], Any]:
     leaves, treedef = jax.tree.flatten(grads)
     leaves = [jnp.asarray(leaf) for leaf in leaves]
+    if not _mesh.replicated(leaves):
+        raise ValueError(
+            f"{who}: grads must be whole, got one device's part of them. Call it under "
+            "jit, outside shard_map and pmap; shardings are followed there."
+        )
     lengths = {leaf.shape[0] if leaf.ndim else None for leaf in leaves}
     if len(lengths) != 1 or None in lengths:
         shapes = [leaf.shape for leaf in leaves]
@@ -121,10 +126,7 @@ def _examples(grads: PyTree, who: str) -> tuple[list[jax.Array], Any]:
 
 
 def _clipped_sum(leaves, limit) -> tuple[list[jax.Array], jax.Array]:
-    def measure(example):
-        return norms.measure(example, groups=[range(len(example))])[0]
-
-    seen = jax.vmap(measure)(leaves)
+    seen = jax.vmap(lambda example: norms.tree_norm(example, axis_name=()))(leaves)
     limit = jnp.maximum(jnp.asarray(limit).astype(seen.dtype), 0)
     alone = (seen <= limit) | (limit == jnp.inf)
     factor = quotient(limit, jnp.where(alone, 1, seen))

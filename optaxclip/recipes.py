@@ -245,6 +245,7 @@ def clip_by_global_norm(
     *,
     ord: float | str | None = None,
     shape: Shape | None = None,
+    axis_name: Any = None,
 ) -> Clip:
     """Scales all updates by one factor so that their common norm is bounded.
 
@@ -257,6 +258,8 @@ def clip_by_global_norm(
       ord: order of the norm: None or 2, 1, inf, any p > 0, "rms".
       shape: what becomes of a larger norm; None is `shapes.hard`. Under
         `inject_hyperparams` name it in `static_args`, like every callable.
+      axis_name: over which mesh axes leaves are split, where types do not tell; see
+        `optaxclip.sharded`, which tells it to any other clip.
 
     Returns:
       A transformation; without state for a number. `update(..., norm=n)` uses a norm
@@ -287,7 +290,8 @@ def clip_by_global_norm(
     """
     rule = bounds.of(max_norm, "clip_by_global_norm: max_norm")
     ord = norms.check_ord(ord, "clip_by_global_norm")
-    return clip_by(scopes.tree(ord), rule, shapes.hard if shape is None else shape)
+    shape = shapes.hard if shape is None else shape
+    return clip_by(scopes.tree(ord), rule, shape, axis_name=axis_name)
 
 
 def normalize_by_global_norm(scale: bounds.BoundLike = 1.0) -> Clip:

@@ -1,12 +1,13 @@
 """What a clip saw and did: the record, and finding records in optimizer states."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from optaxclip import _trees
+from optaxclip import _mesh, _trees, norms
 
 PyTree = Any
 
@@ -64,29 +65,30 @@ class Record(NamedTuple):
         self, magnitudes: PyTree, limits: PyTree, kept: PyTree, bound: PyTree
     ) -> "Record":
         """Returns the record after one more step."""
+        known = _mesh.of_cells(magnitudes, "recorded")
+        largest = jax.tree.map(lambda m: _largest(m, known), magnitudes)
         scale = jnp.ones((), jnp.float32)
-        clipped = jnp.zeros((), jnp.float32)
-        finite = jnp.array(True)
+        clipped = damaged = jnp.zeros((), jnp.float32)
         count = 0
         for seen, new in zip(
             jax.tree.leaves(magnitudes), jax.tree.leaves(kept), strict=True
         ):
             factor = jnp.where((seen > 0) & jnp.isfinite(seen), new / seen, 1)
             factor = factor.astype(jnp.float32)
-            scale = jnp.minimum(scale, jnp.min(factor, initial=1))
-            clipped += jnp.sum(new < seen, dtype=jnp.float32)
-            finite &= jnp.all(jnp.isfinite(seen))
-            count += seen.size
+            scale = jnp.minimum(scale, _mesh.smallest(factor, initial=1))
+            clipped += _mesh.total(new < seen)
+            damaged += _mesh.total(~jnp.isfinite(seen))
+            count += seen.size * _mesh.size(_mesh.varying(seen))
         return Record(
-            norm=_typed_like(self.norm, jax.tree.map(_largest, magnitudes)),
+            norm=_typed_like(self.norm, largest),
             limit=_typed_like(
-                self.limit, jax.tree.map(_limit_of_largest, magnitudes, limits)
+                self.limit, jax.tree.map(_limit_of, largest, magnitudes, limits)
             ),
             scale=scale,
             clipped=clipped / max(count, 1),
             steps=_count(self.steps, jnp.array(True)),
             clipped_steps=_count(self.clipped_steps, clipped > 0),
-            nonfinite_steps=_count(self.nonfinite_steps, ~finite),
+            nonfinite_steps=_count(self.nonfinite_steps, damaged > 0),
             bound=bound,
         )
 
@@ -125,15 +127,17 @@ def _typed_like(old: PyTree, new: PyTree) -> PyTree:
     )
 
 
-def _largest(magnitude: jax.Array) -> jax.Array:
-    return jnp.max(magnitude, initial=0)
+def _largest(magnitude: jax.Array, axis_name: _mesh.AxisName) -> jax.Array:
+    if not magnitude.ndim:
+        return magnitude
+    return norms.tree_norm(magnitude, math.inf, axis_name)
 
 
-def _limit_of_largest(magnitude: jax.Array, limit: jax.Array) -> jax.Array:
+def _limit_of(largest: jax.Array, magnitude: jax.Array, limit: jax.Array) -> jax.Array:
     if not limit.ndim:
         return limit
-    at_largest = magnitude == jnp.max(magnitude, initial=0)
-    return jnp.min(jnp.where(at_largest, limit, jnp.inf), initial=jnp.inf)
+    at_largest = jnp.where(magnitude == largest, limit, jnp.inf)
+    return _mesh.smallest(at_largest, initial=jnp.inf)
 
 
 def _count(count: jax.Array, happened: jax.Array) -> jax.Array:

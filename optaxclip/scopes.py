@@ -2,7 +2,7 @@
 
 A scope splits updates into magnitudes and what is left, the directions:
 
-    magnitudes, rebuild = scope.split(updates, norm)
+    magnitudes, rebuild = scope.split(updates, norm, axis_name)
     updates = rebuild(new_magnitudes, alone)
 
 `magnitudes` is a pytree of real arrays, float32 or wider, each entry a *cell*; they
@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from optaxclip import _trees, axes, norms
+from optaxclip import _mesh, _trees, axes, norms
 from optaxclip._checks import check_number
 from optaxclip._numerics import quotient, rescaled
 
@@ -40,13 +40,14 @@ class Scope(NamedTuple):
     """What counts as one magnitude.
 
     Attributes:
-      split: `(updates, norm) -> (magnitudes, rebuild)`. `norm` is None, or the norm of
-        the whole tree if the caller knows it; scopes that measure something else
-        ignore it.
+      split: `(updates, norm, axis_name=None) -> (magnitudes, rebuild)`. `norm` is None,
+        or the norm of the whole tree if the caller knows it; scopes that measure
+        something else ignore it. `axis_name` says how leaves are split, as for
+        `optaxclip.sharded`; scopes that sum nothing ignore it.
       elementwise: whether there are as many cells as elements.
     """
 
-    split: Callable[[PyTree, jax.typing.ArrayLike | None], tuple[PyTree, Rebuild]]
+    split: Callable[..., tuple[PyTree, Rebuild]]
     elementwise: bool = False
 
 
@@ -64,8 +65,8 @@ def element() -> Scope:
       [3. 4.]
     """
 
-    def split(updates, norm):
-        del norm
+    def split(updates, norm, axis_name=None):
+        del norm, axis_name
         part = _trees.counted(updates)
         seen = [_modulus(u) for u in part.arrays]
 
@@ -96,8 +97,8 @@ def side() -> Scope:
       [0. 4.] [3. 0.]
     """
 
-    def split(updates, norm):
-        del norm
+    def split(updates, norm, axis_name=None):
+        del norm, axis_name
         part = _trees.counted(updates)
         for path, leaf in _trees.named(updates):
             if jnp.iscomplexobj(leaf):
@@ -152,11 +153,13 @@ def unit(axis: Any = None, ord: float | str | None = None) -> Scope:
     """
     ord = norms.check_ord(ord, "scopes.unit")
 
-    def split(updates, norm):
+    def split(updates, norm, axis_name=None):
         del norm
         part = _trees.counted(updates)
-        spanned = axes.resolve(axis, updates, "scopes.unit: axis")
-        seen = norms.measure(part.arrays, axes=spanned, ord=ord)
+        described = part.cells(_mesh.whole(part, axis_name, "scopes.unit"))
+        spanned = axes.resolve(axis, described, "scopes.unit: axis")
+        layout = _mesh.layout(part, axis_name, "scopes.unit", spanned)
+        seen = norms.measure(part.arrays, layout, axes=spanned, ord=ord)
         return part.cells(seen), _rescaling(part, seen, part.values)
 
     return Scope(split)
@@ -186,10 +189,11 @@ def leaf(ord: float | str | None = None) -> Scope:
     """
     ord = norms.check_ord(ord, "scopes.leaf")
 
-    def split(updates, norm):
+    def split(updates, norm, axis_name=None):
         del norm
         part = _trees.counted(updates)
-        seen = norms.measure(part.arrays, ord=ord)
+        layout = _mesh.layout(part, axis_name, "scopes.leaf")
+        seen = norms.measure(part.arrays, layout, ord=ord)
 
         def rebuild(kept, alone):
             cells = zip(seen, part.values(kept), part.values(alone), strict=True)
@@ -238,10 +242,11 @@ def peak(rescale: bool = False) -> Scope:
             "Pass one of these."
         )
 
-    def split(updates, norm):
+    def split(updates, norm, axis_name=None):
         del norm
         part = _trees.counted(updates)
-        seen = norms.measure(part.arrays, ord=math.inf)
+        layout = _mesh.layout(part, axis_name, "scopes.peak")
+        seen = norms.measure(part.arrays, layout, ord=math.inf)
 
         def rebuild(kept, alone):
             cells = zip(part.arrays, seen, part.values(kept), part.values(alone))
@@ -280,7 +285,7 @@ def group(
     """
     ord = norms.check_ord(ord, "scopes.group")
 
-    def split(updates, norm):
+    def split(updates, norm, axis_name=None):
         del norm
         part = _trees.counted(updates)
         tree = labels(updates) if _trees.is_function(labels) else labels
@@ -288,7 +293,8 @@ def group(
         label_of = jax.tree.leaves(_trees.spread(tree, cells, "scopes.group: labels"))
         names = _sorted_labels(tree)
         groups = [[i for i, name in enumerate(label_of) if name == n] for n in names]
-        seen = norms.measure(part.arrays, groups=groups, ord=ord)
+        layout = _mesh.layout(part, axis_name, "scopes.group")
+        seen = norms.measure(part.arrays, layout, groups=groups, ord=ord)
         cell_of = [names.index(name) for name in label_of]
 
         def listed(cells):
@@ -324,11 +330,12 @@ def tree(ord: float | str | None = None) -> Scope:
     """
     ord = norms.check_ord(ord, "scopes.tree")
 
-    def split(updates, norm):
+    def split(updates, norm, axis_name=None):
         part = _trees.counted(updates)
         if norm is None:
             whole = [range(len(part.arrays))]
-            (seen,) = norms.measure(part.arrays, groups=whole, ord=ord)
+            layout = _mesh.layout(part, axis_name, "scopes.tree")
+            (seen,) = norms.measure(part.arrays, layout, groups=whole, ord=ord)
         else:
             seen = _known(norm, _trees.widest(*(u.dtype for u in part.arrays)))
         cell_of = [0] * len(part.arrays)

@@ -5,9 +5,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 from jax.experimental import checkify
 
-from optaxclip import _trees
+from optaxclip import _mesh, _trees
 
 
 class ZeroNonfiniteState(NamedTuple):
@@ -17,7 +18,9 @@ class ZeroNonfiniteState(NamedTuple):
     total: jax.Array  # elements replaced so far, at most 2^31 - 1; shape=(), int32
 
 
-def zero_nonfinite() -> optax.GradientTransformationExtraArgs:
+def zero_nonfinite(
+    *, axis_name: _mesh.AxisName = None
+) -> optax.GradientTransformationExtraArgs:
     """Replaces every NaN and inf element by 0, and counts them.
 
     `u -> u if isfinite(u) else 0`. Put it before a clip to go on with the finite part
@@ -26,8 +29,16 @@ def zero_nonfinite() -> optax.GradientTransformationExtraArgs:
     A complex element is replaced if either part is not finite. Leaves that are not
     floating point pass through.
 
+    Args:
+      axis_name: over which mesh axes leaves are split; see `optaxclip.sharded`. The
+        counts are those of all devices.
+
     Returns:
       A transformation with a `ZeroNonfiniteState`.
+
+    Raises:
+      TypeError: for an `axis_name` that is none.
+      ValueError: by `update`, if it is not known how a leaf is split.
 
     Examples:
       >>> import jax.numpy as jnp, optax, optaxclip
@@ -38,6 +49,7 @@ def zero_nonfinite() -> optax.GradientTransformationExtraArgs:
       >>> print(clipped.round(3), state[0].zeroed)
       [0.6 0.  0.8 0. ] 2
     """
+    axis_name = _mesh.check_axis_name(axis_name, "zero_nonfinite")
 
     def init(params):
         del params
@@ -47,11 +59,12 @@ def zero_nonfinite() -> optax.GradientTransformationExtraArgs:
 
     def update(updates, state, params=None, **extra_args):
         del params, extra_args
-        part = _trees.counted(updates)
+        part = _trees.counted(_mesh.aligned(updates, None, "zero_nonfinite"))
+        layout = _mesh.layout(part, axis_name, "zero_nonfinite")
         finite = [jnp.isfinite(u) for u in part.arrays]
-        zeroed = sum(
-            (jnp.sum(~f, dtype=jnp.int32) for f in finite), jnp.zeros((), jnp.int32)
-        )
+        counts = [jnp.sum(~f, dtype=jnp.int32) for f in finite]
+        whole = [range(len(counts))]
+        (zeroed,) = _mesh.joined(counts, layout, whole, _total, lax.psum)
         kept = [
             jnp.where(f, u, jnp.zeros_like(u))
             for f, u in zip(finite, part.arrays, strict=True)
@@ -99,6 +112,10 @@ def check_finite() -> optax.GradientTransformationExtraArgs:
         return updates, state
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+
+
+def _total(counts: list[jax.Array]) -> jax.Array:
+    return sum(counts, jnp.zeros((), jnp.int32))
 
 
 def _escaped(path: str) -> str:

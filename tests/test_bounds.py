@@ -326,20 +326,6 @@ def test_the_state_of_something_else_is_refused(tx, other):
         tx.update({"a": jnp.ones(2)}, other.init(params))
 
 
-def test_a_clip_of_one_array_by_clippy_is_refused_where_a_device_sees_a_part():
-    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
-    spec = jax.sharding.PartitionSpec("x")
-    tx = optaxclip.clippy()
-    part = jax.shard_map(
-        lambda u: tx.update(u, optax.EmptyState(), u)[0],
-        mesh=mesh,
-        in_specs=spec,
-        out_specs=spec,
-    )
-    with pytest.raises(ValueError, match="inside shard_map"):
-        jax.jit(part)(jnp.array([27.0, 36.0]))
-
-
 def test_stable_adam_passes_on_what_adam_makes_of_every_leaf():
     tx = optaxclip.scale_by_stable_adam()
     updates = {"w": jnp.ones(2, jnp.bfloat16), "n": jnp.arange(3), "none": None}

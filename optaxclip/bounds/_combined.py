@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from optaxclip import _trees, norms
+from optaxclip import _mesh, _trees, norms
 from optaxclip._checks import check_number
 from optaxclip._numerics import quotient
 from optaxclip.bounds._rules import (
@@ -229,15 +229,20 @@ def jointly(bound: BoundLike, who: str = "bounds.jointly: bound") -> Bound:
       {'a': '[0.6]', 'b': '[0.8]'}
     """
     inner = of(bound, who)
+    function = who.split(": ")[0]
+
+    def together(cells, dtype=None):
+        norm = norms.tree_norm(cells, axis_name=_mesh.of_cells(cells, function))
+        return norm.astype(dtype or norm.dtype)
 
     def init(magnitudes):
         dtypes = (m.dtype for m in jax.tree.leaves(magnitudes))
         return inner.init(jax.ShapeDtypeStruct((), _trees.widest(*dtypes)))
 
     def limit(state, magnitudes, own):
-        total = norms.tree_norm(magnitudes)
+        total = together(magnitudes)
         most, learn = inner.limit(
-            state, total, lambda who: norms.tree_norm(own(who)).astype(total.dtype)
+            state, total, lambda who: together(own(who), total.dtype)
         )
         positive = jnp.where(total > 0, total, 1)
         finite = jnp.where(most == jnp.inf, 1, most)
@@ -252,7 +257,7 @@ def jointly(bound: BoundLike, who: str = "bounds.jointly: bound") -> Bound:
             return jnp.where(most == jnp.inf, most, limit).astype(m.dtype)
 
         limits = jax.tree.map(lay, magnitudes)
-        return limits, lambda kept: learn(norms.tree_norm(kept).astype(total.dtype))
+        return limits, lambda kept: learn(together(kept, total.dtype))
 
     return Bound(init, limit)
 

@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optaxclip import _trees
+from optaxclip import _mesh, _trees
 from optaxclip._checks import check_choice
 from optaxclip.bounds._rules import Bound, cast, refuse_no_state
 
@@ -132,6 +132,7 @@ def _placed(cell: Any, magnitude: Any) -> Any:
     spec = getattr(sharding, "spec", ())
 
     def place(field):
+        field = _mesh.varying_over(field, _mesh.varying(magnitude))
         if not any(spec):
             return jnp.copy(field)
         whole = [None] * (field.ndim - magnitude.ndim)
