@@ -182,6 +182,7 @@ def _returned(function: Any) -> type:
 def _arguments(factory: Callable) -> list[Any]:
     values = {
         "after": 2.0,
+        "axis_name": (),
         "before": 1.0,
         "bound": 1.0,
         "clip": optaxclip.clip_by_global_norm(1.0),

@@ -266,8 +266,8 @@ def _largest_moduli(arrays, moduli, layout, axes, groups):
     local = [_max(m, a) for m, a in zip(moduli, axes)]
     largest = _mesh.joined(local, layout, groups, _largest, lax.pmax)
     # Read behind a barrier, or XLA:CPU would write out what both reductions read.
-    again = _widened(_mesh.barrier(arrays), groups)
-    zeros = [_sum(jnp.abs(x) * 0, a) for x, a in zip(again, axes)]
+    again = [jnp.abs(x) for x in _widened(_mesh.barrier(arrays), groups)]
+    zeros = [_sum(m - m, a) for m, a in zip(again, axes)]
     lost = _totals(zeros, layout, groups)
     return [
         jnp.where(jnp.isnan(z) & (m < jnp.inf), z, m) for z, m in zip(lost, largest)
