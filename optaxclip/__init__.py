@@ -45,7 +45,7 @@ from optaxclip.recipes import (
     unitwise_clip,
 )
 from optaxclip.records import Record, records
-from optaxclip.wrappers import check_finite, zero_nonfinite
+from optaxclip.wrappers import check_finite, skip_steps, zero_nonfinite
 
 __version__ = "0.1.0"
 
@@ -91,6 +91,7 @@ __all__ = [
     "scopes",
     "shapes",
     "sharded",
+    "skip_steps",
     "spam_clip",
     "unitwise_clip",
     "unitwise_norm",

@@ -127,7 +127,7 @@ def aligned(updates: PyTree, params: PyTree, who: str) -> PyTree:
     new = list(part.arrays)
     for i, u in enumerate(part.arrays):
         param = leaves[part.indices[i]]
-        if _trees.absent(param):
+        if not jax.tree_util.all_leaves([param]):  # None, or a branch
             continue
         if more := varying(u) - varying(param):
             raise ValueError(
@@ -261,8 +261,11 @@ def total(flags: jax.Array) -> jax.Array:
 
 
 def smallest(cells: jax.Array, initial: float) -> jax.Array:
-    """The smallest cell of all devices, or the initial value."""
-    return _across(lax.pmin, jnp.min(cells, initial=initial))
+    """The smallest cell of all devices, or the initial value; NaN where one is NaN."""
+    found = _across(lax.pmin, jnp.min(cells, initial=initial))
+    # A minimum over devices may lose it.
+    lost = total(jnp.isnan(cells)) > 0
+    return jnp.where(lost, jnp.nan, found)
 
 
 def _across(collective: Callable, x: jax.Array) -> jax.Array:

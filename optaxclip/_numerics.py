@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import optax
 
 
 @jax.custom_jvp
@@ -59,3 +60,8 @@ def hypot(a: jax.Array, b: jax.Array) -> jax.Array:
     square = (a * scale) ** 2 + (b * scale) ** 2
     positive = square > 0
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1)) * back, 0)
+
+
+def count_if(happened: jax.typing.ArrayLike, count: jax.Array) -> jax.Array:
+    """The count, one more if something happened; it does not overflow."""
+    return jnp.where(happened, optax.safe_increment(count), count)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optaxclip import _mesh, _trees, bounds, shapes
+from optaxclip import _mesh, bounds, shapes
 from optaxclip.scopes import Scope
 
 Shape = Callable[[jax.Array, jax.Array], jax.Array]
@@ -106,10 +106,7 @@ def clip_by(
         )
         seen, rebuild = scope.split(updates, norm, axis_name)
 
-        def own(who):
-            aligned = _trees.align(params, updates, who)
-            return scope.split(aligned, None, axis_name)[0]
-
+        own = lambda who: scope.own(params, updates, axis_name, who)
         limits, learn = bound.limit(state, seen, own)
         kept = jax.tree.map(lambda m, c: _new_magnitude(shape, m, c), seen, limits)
         alone = jax.tree.map(

@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from optaxclip import _mesh, _trees, norms
+from optaxclip._numerics import count_if
 
 PyTree = Any
 
@@ -86,9 +86,9 @@ class Record(NamedTuple):
             ),
             scale=scale,
             clipped=clipped / max(count, 1),
-            steps=_count(self.steps, jnp.array(True)),
-            clipped_steps=_count(self.clipped_steps, clipped > 0),
-            nonfinite_steps=_count(self.nonfinite_steps, damaged > 0),
+            steps=count_if(True, self.steps),
+            clipped_steps=count_if(clipped > 0, self.clipped_steps),
+            nonfinite_steps=count_if(damaged > 0, self.nonfinite_steps),
             bound=bound,
         )
 
@@ -138,7 +138,3 @@ def _limit_of(largest: jax.Array, magnitude: jax.Array, limit: jax.Array) -> jax
         return limit
     at_largest = jnp.where(magnitude == largest, limit, jnp.inf)
     return _mesh.smallest(at_largest, initial=jnp.inf)
-
-
-def _count(count: jax.Array, happened: jax.Array) -> jax.Array:
-    return jnp.where(happened, optax.safe_increment(count), count)

@@ -50,6 +50,17 @@ class Scope(NamedTuple):
     split: Callable[..., tuple[PyTree, Rebuild]]
     elementwise: bool = False
 
+    def described(self, params: PyTree, axis_name: _mesh.AxisName = None) -> PyTree:
+        """Describes the magnitudes of updates of these params; nothing is measured."""
+        known = _mesh.for_shapes(axis_name)
+        return jax.eval_shape(lambda p: self.split(p, 0.0, known)[0], params)
+
+    def own(
+        self, params: PyTree, updates: PyTree, axis_name: _mesh.AxisName, who: str
+    ) -> PyTree:
+        """Measures the params of some updates, or refuses in the name of `who`."""
+        return self.split(_trees.align(params, updates, who), None, axis_name)[0]
+
 
 def element() -> Scope:
     """Makes every element a cell: magnitude `|u|`, direction the sign or the phase.

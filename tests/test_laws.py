@@ -475,7 +475,7 @@ def test_every_public_factory_is_in_a_table():
         return inspect.isclass(made) and issubclass(made, optax.GradientTransformation)
 
     rows = {row.name.split(":")[0] for row in (*CASES, *LEARNED)}
-    wrappers = {"check_finite", "zero_nonfinite"}
+    wrappers = {"check_finite", "sharded", "skip_steps", "zero_nonfinite"}
     made = {
         n for n in optaxclip.__all__ if makes_a_transformation(getattr(optaxclip, n))
     }

@@ -4,7 +4,11 @@ import ast
 import contextlib
 import inspect
 import io
+import os
 import re
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -16,6 +20,7 @@ import optaxclip
 README = Path(__file__).parents[1] / "README.md"
 PAGES = [README, *sorted((README.parent / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+PROCESSES = "jax.distributed.initialize"
 EXPECTED = re.compile(r"#\s*->\s*(.*)$")
 
 
@@ -49,6 +54,8 @@ def test_examples_print_what_they_say(page):
             printed = ""
             continue
         assert language == "python", language
+        if PROCESSES in source:
+            continue
         assert not printed, "what is printed needs a `# ->` or a text block"
         printed, pairs = run(source, namespace)
         assert source.count("# ->") == len(pairs)
@@ -57,6 +64,38 @@ def test_examples_print_what_they_say(page):
         count += len(pairs)
     assert not printed
     assert count
+
+
+@pytest.mark.timeout(120)
+def test_the_script_of_two_processes_prints_what_it_says(tmp_path):
+    (source,) = [s for _, s in BLOCK.findall(README.read_text()) if PROCESSES in s]
+    (want,) = [m[1] for line in source.splitlines() if (m := EXPECTED.search(line))]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    script = tmp_path / "processes.py"
+    script.write_text(source.replace("localhost:9876", f"localhost:{port}"))
+    # A proxy would be asked for the loopback address.
+    environment = {k: v for k, v in os.environ.items() if "proxy" not in k.lower()}
+    with contextlib.ExitStack() as stack:
+        started = [
+            stack.enter_context(
+                subprocess.Popen(
+                    [sys.executable, script, str(rank)],
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                    env=environment,
+                )
+            )
+            for rank in (0, 1)
+        ]
+        for process in started:
+            stack.callback(process.kill)
+        for rank, process in enumerate(started):
+            out, _ = process.communicate(timeout=100)
+            assert process.returncode == 0, out
+            assert words(out.splitlines()[-1]) == [str(rank), *words(want)]
 
 
 @pytest.mark.parametrize("name", optaxclip.__all__)
