@@ -5,6 +5,7 @@ What cannot be done ends with one line on stderr and exit code 2.
 
 import contextlib
 import dataclasses
+import functools
 import io
 import re
 import sys
@@ -18,8 +19,9 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from experiments import progress, results
+from experiments import devices, progress, results
 from experiments.config import Config, Tier, UsageError
+from experiments.devices import Machine
 from experiments.results import Results
 from experiments.studies import STUDIES
 from experiments.studies.study import Study
@@ -43,6 +45,7 @@ class Run:
     """Size of the run; the defaults of the other options are those of the tier."""
     out: Path | None = None
     """Directory for what comes out, empty or new. Default: the next runs/NAME-1."""
+    machine: Machine = dataclasses.field(default_factory=Machine)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +64,7 @@ class Demo:
     """Size of the runs."""
     out: Path | None = None
     """Directory for what comes out, empty or new. Default: the next runs/demo-1."""
+    machine: Machine = dataclasses.field(default_factory=Machine)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -70,15 +74,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         match _read(sys.argv[1:] if arguments is None else arguments):
             case List():
                 list_studies(console)
-            case Run(config, _, out):
-                run(config, results.create(out, config.experiment), console)
+            case Run(config, _, out, machine):
+                with devices.use(machine):
+                    run(config, _create(out, config.experiment), console)
             case Plot(directory):
                 plot(directory, console)
-            case Demo(tier, out):
-                directory = results.create(out, "demo")
-                for name, study in STUDIES.items():
-                    part = results.create(directory / name, name)
-                    run(study.tiers[tier], part, console)
+            case Demo(tier, out, machine):
+                with devices.use(machine):
+                    directory = _create(out, "demo")
+                    for name, study in STUDIES.items():
+                        part = _create(directory / name, name)
+                        run(study.tiers[tier], part, console)
     except UsageError as error:
         _refuse(str(error))
     except OSError as error:
@@ -94,11 +100,16 @@ def list_studies(console: Console) -> None:
 
 
 def run(config: Config, directory: Path, console: Console) -> None:
-    """Runs an experiment into an empty directory."""
+    """Runs an experiment into an empty directory; several processes work together."""
     study = STUDIES[config.experiment]
-    results.begin(directory, config, {**study.facts, "matmul_precision": PRECISION})
+    facts = {**study.facts, "matmul_precision": PRECISION}
+    if devices.is_first():
+        results.begin(directory, config, facts)
     with progress.bar(console) as shown, jax.default_matmul_precision(PRECISION):
-        results.finish(directory, *study.run(config, shown))
+        rows, curves = study.run(config, shown)
+    if not devices.is_first():
+        return
+    results.finish(directory, rows, curves)
     found = results.load(directory)
     console.print(study.table(found.rows))
     for line in study.verdict(found.rows):
@@ -118,6 +129,11 @@ def plot(directory: Path, console: Console) -> None:
         if name not in STUDIES:
             raise UsageError(f"{path} holds no run of {', '.join(STUDIES)}.")
         _draw(STUDIES[name], found, path, console)
+
+
+def _create(out: Path | None, name: str) -> Path:
+    """Makes a run directory, the same for all processes."""
+    return devices.from_first(functools.partial(results.create, out, name))
 
 
 def _draw(study: Study, found: Results, directory: Path, console: Console) -> None:
@@ -174,7 +190,8 @@ def _one_line(message: str) -> str:
     lines = [line.strip("│ ") for line in message.splitlines()[1:-1]]
     found, *others = re.split(r"─+", " ".join(lines))
     choices = [part for part in others if part.startswith(" Available")]
-    return "".join([found.removeprefix("Error parsing config: ").rstrip(), *choices])
+    reason = re.sub(r"^Error parsing (config|\S*machine): ", "", found).rstrip()
+    return "".join([reason, *choices])
 
 
 def _refuse(message: str) -> NoReturn:

@@ -90,9 +90,12 @@ class Clip:
         return self.name, self.options
 
     def make(self, threshold: jax.typing.ArrayLike) -> optaxclip.Clip:
-        """Makes the clip, recorded, for a threshold of shape (), traced or not."""
+        """Makes the clip, recorded, for a threshold of shape (), traced or not.
+
+        Where runs are spread over devices, each run is all on one.
+        """
         clip = FACTORIES[self.name](threshold, **dict(self.options))
-        return optaxclip.recorded(clip)
+        return optaxclip.sharded(optaxclip.recorded(clip), ())
 
 
 def parse(spec: str) -> Clip:

@@ -95,7 +95,34 @@ class LimitsConfig:
         _require(self.updates >= 100, "updates", ">= 100", self.updates)
 
 
-Config = RowsConfig | CliffConfig | LimitsConfig
+@dataclasses.dataclass(frozen=True)
+class DataParallelConfig:
+    """Training of one larger LSTM on many devices at once, compared with one device."""
+
+    experiment: tyro.conf.Suppress[str]
+    hidden: int
+    """Units of the LSTM."""
+    lr: tuple[float, ...]
+    """Learning rates of Adam; every clip is run at each."""
+    clip: tuple[str, ...]
+    """Clips: none, NAME or NAME:ARGUMENTS, as in autoclip:10,window=500."""
+    batch: int
+    """Images per update, drawn with replacement and shared out to the devices."""
+    seed: int = 0
+    """It decides initial values and batches."""
+    updates: int = 100
+    """Updates of each run."""
+
+    def __post_init__(self) -> None:
+        """Refuses impossible values."""
+        _check_lrs(self.lr)
+        _check_clips(self.clip)
+        _check_seed(self.seed)
+        for name in ("hidden", "updates", "batch"):
+            _require(getattr(self, name) >= 1, name, ">= 1", getattr(self, name))
+
+
+Config = RowsConfig | CliffConfig | LimitsConfig | DataParallelConfig
 
 
 def _check_lrs(lrs: tuple[float, ...]) -> None:

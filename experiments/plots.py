@@ -135,6 +135,37 @@ def limits(results: Results, path: Path) -> Path:
     )
 
 
+def meshes(results: Results, path: Path) -> Path:
+    """Draws losses and differences of parameters on all meshes, a column per arm."""
+    config, curves = results.about["config"], results.curves
+    grid = arms.grid(config["lr"], config["clip"])
+    figure = Figure(figsize=(2.8 + 4.0 * len(grid), 6.0), layout="constrained")
+    axes = figure.subplots(2, len(grid), sharex=True, sharey="row", squeeze=False)
+    names = list(dict.fromkeys(row["mesh"] for row in results.rows))
+    for i, (arm, (loss, apart)) in enumerate(zip(grid, axes.T, strict=True)):
+        loss.set_title(f"{arm.clip.spec}, lr {arm.lr:g}", fontsize="medium")
+        for j, name in enumerate(names):
+            # All lines coincide: those below are thicker.
+            width = 1.0 + 1.5 * (len(names) - 1 - j)
+            style = {"color": COLOURS[j % len(COLOURS)], "label": name}
+            loss.plot(curves["loss"][i, j], lw=width, **style)
+            apart.plot(curves["judged"], curves["difference"][i, j], "o-", **style)
+        loss.set_yscale("log")
+        apart.set_yscale("symlog", linthresh=1e-7)
+        apart.set(xlabel="updates")
+    axes[0, 0].set_ylabel("training loss [nats]")
+    axes[1, 0].set_ylabel("largest difference of a parameter\nfrom that on one device")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", title="mesh")
+    return _save(
+        figure,
+        path,
+        results,
+        f"LSTM with {config['hidden']} units, adam, {config['updates']} updates of "
+        f"{config['batch']} images; mesh: {results.about['mesh']}",
+    )
+
+
 def _grid_of_axes(
     config: dict[str, Any], rows: int, height: float
 ) -> tuple[Figure, Any]:

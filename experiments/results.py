@@ -67,6 +67,7 @@ def begin(directory: Path, config: Config, facts: Mapping[str, str]) -> None:
         **facts,
         "commit": _commit(),
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "processes": jax.process_count(),
         "python": platform.python_version(),
         "versions": {package.__name__: package.__version__ for package in PACKAGES},
     }

@@ -1,8 +1,9 @@
 """Training: pure functions of one run, compiled in chunks for many runs at once.
 
 `init`, `loss`, `begin`, `step` and `run_chunk` are written for one run. `start` maps
-the first over seeds; `sweep` maps the others over arms and seeds, compiles a chunk of
-updates, and calls it in a Python loop, which can report how far it is.
+the first over seeds; `sweep` maps the others over the grid of arms and seeds, spread
+over all devices, compiles a chunk of updates, and calls it in a Python loop, which can
+report how far it is.
 
 All arms see the same initial values and batches: they depend on the seed and the number
 of the update only.
@@ -22,6 +23,7 @@ import numpy as np
 import optax
 
 import optaxclip
+from experiments import devices
 from experiments.arms import Knobs
 from experiments.clips import Clip
 
@@ -157,7 +159,7 @@ def step(setup: Setup, task: Any, knobs: Knobs, state: State) -> tuple[State, Lo
         grads, state.opt_state, state.params
     )
     (record,) = optaxclip.records(opt_state)
-    log = Log(value, optaxclip.norms.tree_norm(grads), record.clipped > 0)
+    log = Log(value, optaxclip.norms.tree_norm(grads, axis_name=()), record.clipped > 0)
     params = optax.apply_updates(state.params, updates)
     return State(params, opt_state, state.key, state.step + 1), log
 
@@ -174,10 +176,20 @@ def run_chunk(
     return state, log, Score(*loss(state.params, setup.model, *task.test()))
 
 
+def chunks(updates: int, count: int) -> list[int]:
+    """Cuts updates into pieces of one length, and a shorter last one if need be."""
+    length = max(updates // count, 1)
+    rest = updates % length
+    return [length] * (updates // length) + [rest] * (rest > 0)
+
+
 def start(model: nn.Module, seeds: np.ndarray, task: Any, check: bool) -> Start:
     """Initialises the model for every seed; leaves have shape (seeds, ...)."""
-    program = jax.jit(jax.vmap(functools.partial(init, model), (0, None)))
-    return (_checked(program) if check else program)(seeds, task)
+    over = devices.spread(len(seeds), one_device=check)
+    each = over.map(lambda task, seed: init(model, seed, task), shared=1)
+    program = jax.jit(each, out_shardings=over.whole)
+    starts = (_checked(program) if check else program)(task, over.place(seeds))
+    return jax.tree.map(lambda leaf: leaf[: len(seeds)], starts)
 
 
 def sweep(
@@ -185,55 +197,60 @@ def sweep(
     knobs: Knobs,
     starts: Start,
     task: Any,
-    chunks: list[int],
+    pieces: list[int],
     report: Callable[[int, Score], None],
 ) -> tuple[Log, Score]:
-    """Trains every arm on every seed, all side by side.
+    """Trains every arm on every seed, all side by side on all devices.
 
     Args:
       setup: what is fixed.
       knobs: learning rates and thresholds, of shape (arms,).
-      starts: where the seeds begin, with leaves of shape (seeds, ...).
+      starts: where the seeds begin, with leaves of shape (seeds, ...), as `start`
+        returns them for the same `check`.
       task: where batches and test examples come from.
-      chunks: numbers of updates, after each of which the models are judged.
-      report: called after each chunk with its length and the scores.
+      pieces: numbers of updates, after each of which the models are judged.
+      report: called after each piece with its length and the scores.
 
     Returns:
       The log, of shape (arms, seeds, updates), and the scores, of shape (arms, seeds,
-      1 + chunks), the first before training.
+      1 + pieces), the first before training.
     """
-    over_seeds = jax.vmap(functools.partial(begin, setup), (None, 0))
-    state = jax.jit(jax.vmap(over_seeds, (0, None)))(knobs, starts)
-    programs = {
-        n: _over_grid(functools.partial(run_chunk, setup, n, task), setup.check)
-        for n in set(chunks)
-    }
-    logs = []
-    scores = [jax.tree.map(lambda s: np.tile(s, (len(knobs.lr), 1)), starts.score)]
-    for updates in chunks:
-        state, log, score = programs[updates](knobs, state)
-        logs.append(jax.device_get(log))
-        scores.append(jax.device_get(score))
-        report(updates, scores[-1])
+    shape = len(knobs.lr), len(starts.score.loss)
+    arm, seed = np.indices(shape).reshape(2, -1)
+    runs = devices.spread(arm.size, one_device=setup.check)
+    knobs = runs.place(jax.tree.map(lambda knob: np.asarray(knob)[arm], knobs))
+
+    def begin_one(starts, knobs, seed):
+        return begin(setup, knobs, jax.tree.map(lambda leaf: leaf[seed], starts))
+
+    state = jax.jit(runs.map(begin_one, shared=1))(starts, knobs, runs.place(seed))
+    programs = {n: _chunk_of_runs(setup, n, runs) for n in set(pieces)}
+    logs, scores = [], []
+    before = jax.tree.map(lambda leaf: np.tile(leaf, (shape[0], 1)), starts.score)
+    for updates in pieces:
+        state, *found = programs[updates](task, knobs, state)
+        log, score = jax.tree.map(
+            lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), runs.gather(found)
+        )
+        logs.append(log)
+        scores.append(score)
+        report(updates, score)
     log = jax.tree.map(lambda *parts: np.concatenate(parts, axis=-1), *logs)
-    return log, jax.tree.map(lambda *parts: np.stack(parts, axis=-1), *scores)
+    return log, jax.tree.map(lambda *s: np.stack(s, axis=-1), before, *scores)
 
 
-def _over_grid(function: Callable, check: bool) -> Callable:
-    """Compiles a function of knobs and a state for all arms and seeds.
+def _chunk_of_runs(setup: Setup, updates: int, runs: devices.Spread) -> Callable:
+    """Compiles a function of a task, and knobs and states of all runs.
 
     The states are donated. While values are checked, runs follow each other instead:
     checks cannot see into loops that are mapped, and the norm of a clip has one.
     """
-    if not check:
-        over_seeds = jax.vmap(function, (None, 0))
-        return jax.jit(jax.vmap(over_seeds, (0, 0)), donate_argnums=1)
+    chunk = functools.partial(run_chunk, setup, updates)
+    if not setup.check:
+        return jax.jit(runs.map(chunk, shared=1), donate_argnums=2)
 
-    def one_by_one(knobs, states):
-        def over_seeds(knobs, states):
-            return jax.lax.map(functools.partial(function, knobs), states)
-
-        return jax.lax.map(lambda pair: over_seeds(*pair), (knobs, states))
+    def one_by_one(task, knobs, states):
+        return jax.lax.map(lambda run: chunk(task, *run), (knobs, states))
 
     return _checked(jax.jit(one_by_one))
 

@@ -7,8 +7,10 @@ the set of axes it *varies* over, if types keep track of it (`check_vma=True`), 
 be given as `axis_name` if they do not. What cannot be known is refused.
 """
 
+import contextlib
+import contextvars
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +20,8 @@ from jax import lax
 from optaxclip import _trees
 
 PyTree = Any
+# Whether the cells of a device are all there are, as axis_name=() says.
+_each_for_itself = contextvars.ContextVar("each_for_itself", default=False)
 # None (automatic), a name, a tuple of names, or a prefix tree of PartitionSpecs.
 AxisName = Any
 
@@ -81,23 +85,36 @@ def for_shapes(axis_name: AxisName) -> AxisName:
     return axis_name if known else ()
 
 
+@contextlib.contextmanager
+def bounding(axis_name: AxisName) -> Iterator[None]:
+    """Within it bounds put cells together of a clip that was told this."""
+    token = _each_for_itself.set(axis_name == ())
+    try:
+        yield
+    finally:
+        _each_for_itself.reset(token)
+
+
 def of_cells(magnitudes: PyTree, who: str) -> AxisName:
     """What names the mesh axes if the cells themselves are to be put together.
 
+    A scalar is a whole cell; an array of cells may be one device's part of them.
+
     Raises:
-      ValueError: if the cells are parts of arrays and nothing says how they are split.
+      ValueError: if nothing says how an array of cells is split.
     """
-    if not _manual() or tracked():
-        return None
-    for path, magnitude in _trees.named(magnitudes):
-        if magnitude.ndim:
-            raise ValueError(
-                f"{who}: cells of elements or units must not be put together where "
-                f"types do not tell how they are split, got {path} of shape "
-                f"{magnitude.shape}. Use shard_map with check_vma=True, or a scope "
-                "whose cells are whole leaves."
-            )
-    return ()
+    parts = [(path, m) for path, m in _trees.named(magnitudes) if m.ndim]
+    if not parts or _each_for_itself.get():
+        return ()
+    if _manual() and not tracked():
+        path, magnitude = parts[0]
+        raise ValueError(
+            f"{who}: cells of elements or units must not be put together where types "
+            f"do not tell how they are split, got {path} of shape {magnitude.shape}. "
+            "Use shard_map with check_vma=True, or sharded(clip, ()) if every device "
+            "has all of them."
+        )
+    return None
 
 
 def aligned(updates: PyTree, params: PyTree, who: str) -> PyTree:
@@ -146,6 +163,16 @@ def varying_over(x: jax.Array, names: frozenset[str]) -> jax.Array:
     return lax.pcast(x, more, to="varying") if more else x
 
 
+def varying_like(tree: PyTree, magnitudes: PyTree) -> PyTree:
+    """The arrays of a tree as types that vary as the magnitudes of whole leaves do.
+
+    They vary if every device measures for itself, and so does what is decided by them.
+    """
+    cells = [m for m in jax.tree.leaves(magnitudes) if not m.ndim]
+    names = frozenset().union(*map(varying, cells))
+    return jax.tree.map(lambda x: varying_over(x, names), tree) if names else tree
+
+
 def barrier(arrays: Sequence[jax.Array]) -> list[jax.Array]:
     """An `optimization_barrier` after which each array varies over what it did."""
     new = list(arrays)
@@ -155,6 +182,12 @@ def barrier(arrays: Sequence[jax.Array]) -> list[jax.Array]:
         for i, x in zip(alike, lax.optimization_barrier([arrays[i] for i in alike])):
             new[i] = x
     return new
+
+
+def alone(arrays: Sequence[jax.Array], layout: Layout) -> frozenset[str]:
+    """The axes along which devices have arrays of their own, which are no parts."""
+    own = (varying(x) - set(over) for x, over in zip(arrays, layout.over, strict=True))
+    return frozenset().union(*own) - set(layout.beside)
 
 
 def full(like: Any, value: Any) -> jax.Array:
@@ -256,21 +289,32 @@ def joined(
 
 
 def total(flags: jax.Array) -> jax.Array:
-    """How many flags of all devices are true, as a float."""
-    return _across(lax.psum, jnp.sum(flags, dtype=jnp.float32))
+    """How many flags of an array of cells are true on all devices, as a float."""
+    return _across(lax.psum, jnp.sum(flags, dtype=jnp.float32), flags)
 
 
 def smallest(cells: jax.Array, initial: float) -> jax.Array:
     """The smallest cell of all devices, or the initial value; NaN where one is NaN."""
-    found = _across(lax.pmin, jnp.min(cells, initial=initial))
+    found = _across(lax.pmin, jnp.min(cells, initial=initial), cells)
     # A minimum over devices may lose it.
     lost = total(jnp.isnan(cells)) > 0
     return jnp.where(lost, jnp.nan, found)
 
 
-def _across(collective: Callable, x: jax.Array) -> jax.Array:
-    names = tuple(sorted(varying(x)))
-    return collective(x, names) if names else x
+def count(cells: jax.Array) -> int:
+    """How many cells an array has on all devices."""
+    return cells.size * size(_axes_of_cells(cells))
+
+
+def _axes_of_cells(cells: jax.Array) -> tuple[str, ...]:
+    # A scalar that varies is what each device measured for itself.
+    alone = not cells.ndim or _each_for_itself.get()
+    return () if alone else tuple(sorted(varying(cells)))
+
+
+def _across(collective: Callable, found: jax.Array, cells: jax.Array) -> jax.Array:
+    names = _axes_of_cells(cells)
+    return collective(found, names) if names else found
 
 
 def _splits(part: _trees.Counted, axis_name: AxisName, who: str) -> list[_Split]:
@@ -287,6 +331,8 @@ def _splits(part: _trees.Counted, axis_name: AxisName, who: str) -> list[_Split]
             )
         return [_Split(varying(x), None) for x in part.arrays]
     given = _given(part, axis_name, who)
+    if axis_name == ():  # each device for itself, whatever types say
+        return given
     for i, (x, split) in enumerate(zip(part.arrays, given, strict=True)):
         if known and split.names & set(manual) != varying(x):
             raise ValueError(

@@ -158,7 +158,7 @@ def acclip(
     def update(updates, state, params=None, **extra_args):
         del params, extra_args
         refuse_no_state(state, "acclip: its level")
-        part = _trees.counted(updates)
+        part = _trees.counted(_mesh.aligned(updates, None, "acclip"))
         try:
             cells = zip(
                 part.arrays, part.values(state.momentum), part.values(state.level)

@@ -93,29 +93,25 @@ def clip_by(
     axis_name = _mesh.check_axis_name(axis_name, "clip_by")
 
     def init(params):
-        # Only shapes are wanted: a norm that is given need not be measured.
-        known = _mesh.for_shapes(axis_name)
-        return bound.init(
-            jax.eval_shape(lambda p: scope.split(p, 0.0, known)[0], params)
-        )
+        return bound.init(scope.described(params, axis_name))
 
     def update(updates, state, params=None, *, norm=None, **extra_args):
         del extra_args
-        updates = _mesh.aligned(
-            updates, None if scope.elementwise else params, "clip_by"
-        )
+        partners = None if scope.elementwise else params
+        updates = _mesh.aligned(updates, partners, "clip_by")
         seen, rebuild = scope.split(updates, norm, axis_name)
-
         own = lambda who: scope.own(params, updates, axis_name, who)
-        limits, learn = bound.limit(state, seen, own)
-        kept = jax.tree.map(lambda m, c: _new_magnitude(shape, m, c), seen, limits)
+        with _mesh.bounding(axis_name):
+            limits, learn = bound.limit(state, seen, own)
+            kept = jax.tree.map(lambda m, c: _new_magnitude(shape, m, c), seen, limits)
+            state = learn(kept)
         alone = jax.tree.map(
             lambda m, c, k: ((k == m) & (m < jnp.inf)) | (c == jnp.inf),
             seen,
             limits,
             kept,
         )
-        return rebuild(kept, alone), learn(kept)
+        return rebuild(kept, alone), state
 
     clip = Clip(init, update)
     clip.scope, clip.bound, clip.shape, clip.axis_name = scope, bound, shape, axis_name
@@ -136,9 +132,10 @@ def sharded(clip: Clip, axis_name: _mesh.AxisName) -> Clip:
       clip: what a named method or `clip_by` made.
       axis_name: the `PartitionSpec`s of the updates, one for all or a pytree prefix, as
         the `in_specs` of `shard_map`; or the name or names of mesh axes that every leaf
-        is split over. `()` says that every device has all of every leaf, as averaged
-        data-parallel gradients are in `pmap`. A single name cannot be checked where
-        types do not tell: a leaf that is not split would count several times.
+        is split over. `()` says that every device has all of every leaf and measures
+        for itself: averaged data-parallel gradients in `pmap`, or a training run of its
+        own on each device. A single name cannot be checked where types do not tell: a
+        leaf that is not split would count several times.
 
     Returns:
       The same clip with an `axis_name`.

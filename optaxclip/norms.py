@@ -221,6 +221,9 @@ def _euclidean(arrays, layout, axes, groups, mean):
         return [jnp.zeros((), jnp.float32) for _ in groups]
     # A constant leaf must not be seen as one: XLA would square it and the scale apart.
     arrays = _mesh.barrier(arrays)
+    # Devices that measure each for itself may run different numbers of passes.
+    alone = _mesh.alone(arrays, layout)
+    arrays = [_mesh.varying_over(x, alone) for x in arrays]
     start = [_unmeasured(arrays, layout, axes, group) for group in groups]
     dtypes = {n.dtype for n in start}
     sizes = _cell_sizes(arrays, layout, axes, groups)
@@ -258,7 +261,8 @@ def _euclidean(arrays, layout, axes, groups, mean):
         following = jnp.where((this < 1) & (large > 0), 1, following)
         return following.astype(jnp.int32), norms
 
-    return lax.while_loop(lambda carry: carry[0] < 3, run, (jnp.int32(0), start))[1]
+    first = _mesh.varying_over(jnp.int32(0), alone)
+    return lax.while_loop(lambda carry: carry[0] < 3, run, (first, start))[1]
 
 
 def _largest_moduli(arrays, moduli, layout, axes, groups):

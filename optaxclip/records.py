@@ -50,7 +50,7 @@ class Record(NamedTuple):
         def zero(magnitude):
             return jnp.zeros((), magnitude.dtype)
 
-        return cls(
+        seen = cls(
             norm=jax.tree.map(zero, magnitudes),
             limit=jax.tree.map(zero, magnitudes),
             scale=jnp.ones((), jnp.float32),
@@ -58,8 +58,9 @@ class Record(NamedTuple):
             steps=jnp.zeros((), jnp.int32),
             clipped_steps=jnp.zeros((), jnp.int32),
             nonfinite_steps=jnp.zeros((), jnp.int32),
-            bound=bound,
+            bound=None,
         )
+        return _mesh.varying_like(seen, magnitudes)._replace(bound=bound)
 
     def after(
         self, magnitudes: PyTree, limits: PyTree, kept: PyTree, bound: PyTree
@@ -78,8 +79,8 @@ class Record(NamedTuple):
             scale = jnp.minimum(scale, _mesh.smallest(factor, initial=1))
             clipped += _mesh.total(new < seen)
             damaged += _mesh.total(~jnp.isfinite(seen))
-            count += seen.size * _mesh.size(_mesh.varying(seen))
-        return Record(
+            count += _mesh.count(seen)
+        seen = Record(
             norm=_typed_like(self.norm, largest),
             limit=_typed_like(
                 self.limit, jax.tree.map(_limit_of, largest, magnitudes, limits)
@@ -89,8 +90,9 @@ class Record(NamedTuple):
             steps=count_if(True, self.steps),
             clipped_steps=count_if(clipped > 0, self.clipped_steps),
             nonfinite_steps=count_if(damaged > 0, self.nonfinite_steps),
-            bound=bound,
+            bound=None,
         )
+        return _mesh.varying_like(seen, magnitudes)._replace(bound=bound)
 
 
 def records(opt_state: PyTree) -> list[Record]:

@@ -53,7 +53,9 @@ class Scope(NamedTuple):
     def described(self, params: PyTree, axis_name: _mesh.AxisName = None) -> PyTree:
         """Describes the magnitudes of updates of these params; nothing is measured."""
         known = _mesh.for_shapes(axis_name)
-        return jax.eval_shape(lambda p: self.split(p, 0.0, known)[0], params)
+        # Only types of norms tell over which axes they vary.
+        norm = None if _mesh.tracked() else 0.0
+        return jax.eval_shape(lambda p: self.split(p, norm, known)[0], params)
 
     def own(
         self, params: PyTree, updates: PyTree, axis_name: _mesh.AxisName, who: str

@@ -61,10 +61,11 @@ def zero_nonfinite(
     axis_name = _mesh.check_axis_name(axis_name, "zero_nonfinite")
 
     def init(params):
-        del params
-        return ZeroNonfiniteState(
+        fresh = ZeroNonfiniteState(
             zeroed=jnp.zeros((), jnp.int32), total=jnp.zeros((), jnp.int32)
         )
+        whole = scopes.tree().described(params, axis_name)
+        return _mesh.varying_like(fresh, whole)
 
     def update(updates, state, params=None, **extra_args):
         del params, extra_args
@@ -109,6 +110,7 @@ def check_finite() -> optax.GradientTransformationExtraArgs:
 
     def update(updates, state, params=None, **extra_args):
         del params, extra_args
+        updates = _mesh.aligned(updates, None, "check_finite")
         for path, leaf in _trees.named(updates):
             bad = jnp.sum(~jnp.isfinite(leaf), dtype=jnp.int32)
             checkify.debug_check(
@@ -244,13 +246,15 @@ def skip_steps(
     scope = scopes.tree()
 
     def init(params):
-        return SkipStepsState(
+        whole = scope.described(params, axis_name)
+        fresh = SkipStepsState(
             skipped=jnp.zeros((), jnp.int32),
             in_a_row=jnp.zeros((), jnp.int32),
             steps=jnp.zeros((), jnp.int32),
-            bound=rule.init(scope.described(params, axis_name)),
+            bound=None,
             inner=inner.init(params),
         )
+        return _mesh.varying_like(fresh, whole)._replace(bound=rule.init(whole))
 
     def update(updates, state, params=None, *, norm=None, **extra_args):
         if not isinstance(state, SkipStepsState):

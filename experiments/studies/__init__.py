@@ -1,6 +1,6 @@
 """The experiments, by name. A new one is a file with a `STUDY`, and a line here."""
 
-from experiments.studies import cliff, limits, lstm_rows, rnn_rows
+from experiments.studies import cliff, data_parallel, limits, lstm_rows, rnn_rows
 from experiments.studies.study import Study
 
 STUDIES: dict[str, Study] = {
@@ -8,4 +8,5 @@ STUDIES: dict[str, Study] = {
     "lstm_rows": lstm_rows.STUDY,
     "cliff": cliff.STUDY,
     "limits": limits.STUDY,
+    "data_parallel": data_parallel.STUDY,
 }

@@ -55,7 +55,7 @@ def run(config: RowsConfig, progress: Progress) -> tuple[Rows, arms.Curves]:
     model = models.RowClassifier(config.cell, config.hidden, task.classes, config.check)
     seeds = config.seed + np.arange(config.seeds)
     starts = train.start(model, seeds, task, config.check)
-    chunks = _chunks(config.updates)
+    chunks = train.chunks(config.updates, CHECKPOINTS)
     grid = arms.grid(config.lr, config.clip)
     total = config.updates * len(arms.by_kind(grid))
     bar = progress.add_task(config.experiment, total=total, best="")
@@ -148,13 +148,6 @@ def verdict(rows: Rows) -> list[str]:
 def figures(results: Results, directory: Path) -> list[Path]:
     """Draws losses, accuracies and gradient norms."""
     return [plots.training(results, directory / "curves.png")]
-
-
-def _chunks(updates: int) -> list[int]:
-    """Cuts a run into pieces of one length, and a shorter last one if need be."""
-    length = max(updates // CHECKPOINTS, 1)
-    rest = updates % length
-    return [length] * (updates // length) + [rest] * (rest > 0)
 
 
 def _metrics(curves: arms.Curves) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import pytest
 from experiments import results
 from experiments.cli import main
 from experiments.config import RowsConfig, UsageError
-from experiments.studies import STUDIES, rows
+from experiments.studies import STUDIES, data_parallel, rows
 
 GLOBAL = "clip_by_global_norm:0.1"
 RUNS = {
@@ -15,20 +15,24 @@ RUNS = {
     "lstm_rows": f"--updates 20 --seeds 2 --clip none {GLOBAL}".split(),
     "cliff": [],
     "limits": [],
+    "data_parallel": "--updates 20 --hidden 16 --clip autoclip".split(),
 }
-LINES = {"rnn_rows": 9, "lstm_rows": 4, "cliff": 2, "limits": 8}
+LINES = {"rnn_rows": 9, "lstm_rows": 4, "cliff": 2, "limits": 8, "data_parallel": 2}
 FIGURES = {
     "rnn_rows": {"curves.png"},
     "lstm_rows": {"curves.png"},
     "cliff": {"paths.png", "starts.png"},
     "limits": {"limits.png"},
+    "data_parallel": {"meshes.png"},
 }
 
 
 @pytest.fixture(scope="module", params=RUNS)
 def run(request, tmp_path_factory):
     directory = tmp_path_factory.mktemp("runs") / request.param
-    main(["run", request.param, "--out", str(directory), *RUNS[request.param]])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data_parallel, "MODEL", (2,))
+        main(["run", request.param, "--out", str(directory), *RUNS[request.param]])
     return request.param, directory
 
 
@@ -77,6 +81,14 @@ def test_every_experiment_keeps_its_finding(run):
         left = [1.64, 3.04, 1.42, 0.97, 0.78, 1.34, 1.55, 0.90]
         assert [x["spike_kept"] for x in found] == pytest.approx(left, abs=0.01)
         assert [x["state"] for x in found] == [0, 2, 2, 3, 201, 257, 201, 1]
+    if name == "data_parallel":
+        alone, spread = found
+        assert (alone["mesh"], spread["mesh"]) == ("1x1", "4x2")
+        assert alone["share"] == 1
+        assert 0.5 <= spread["share"] < 0.75
+        assert 0 < spread["difference"] < 1e-3 * alone["moved"]
+        for same in ("first_grad_norm", "test_loss", "test_accuracy"):
+            assert spread[same] == pytest.approx(alone[same], rel=1e-3)
 
 
 def rows_of(arm, lr, accuracies):

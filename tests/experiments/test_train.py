@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import optaxclip
-from experiments import clips, train
+from experiments import clips, devices, train
 from experiments.arms import Knobs
 from experiments.models import RowClassifier
 from experiments.tasks import digits_rows
@@ -36,10 +36,23 @@ def swept(task, starts):
     return sweep(task, starts)
 
 
+@pytest.fixture(scope="module")
+def swept_alone(task):
+    """The same on one device."""
+    spread = functools.partial(devices.Spread, mesh=jax.make_mesh((1,), ("runs",)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(devices, "spread", lambda runs, one_device: spread(runs))
+        return sweep(task, train.start(MODEL, SEEDS, task, check=False))
+
+
 def sweep(task, starts, chunks=(12, 12, 6), clip=None, check=False):
     clip = clips.parse("none") if clip is None else clip
     setup = train.Setup(MODEL.clone(check=check), clip, "sgd", BATCH, check)
     return train.sweep(setup, KNOBS, starts, task, list(chunks), lambda *_: None)
+
+
+def on_one_device(starts):
+    return jax.device_put(starts, jax.devices()[0])
 
 
 def train_without_a_clip(task, seed):
@@ -57,8 +70,8 @@ def train_without_a_clip(task, seed):
     return jax.lax.scan(update, start.params, jnp.arange(30))[1]
 
 
-def test_threshold_inf_is_bitwise_training_without_a_clip(task, swept):
-    log, _ = swept
+def test_threshold_inf_is_bitwise_training_without_a_clip(task, swept_alone):
+    log, _ = swept_alone
     plain = jax.jit(jax.vmap(functools.partial(train_without_a_clip, task)))
     np.testing.assert_array_equal(log.loss[0], plain(SEEDS))
     assert not log.clipped[0].any()
@@ -79,6 +92,16 @@ def test_a_run_is_the_same_alone_and_in_one_piece(task, starts, swept):
     )
 
 
+def test_the_grid_is_the_same_on_one_device(swept, swept_alone):
+    (log, score), (alone, alone_score) = swept, swept_alone
+    assert jax.device_count() > log.loss[..., 0].size
+    # As for a run alone, below.
+    np.testing.assert_allclose(log.loss, alone.loss, rtol=1e-5)
+    np.testing.assert_allclose(log.grad_norm, alone.grad_norm, rtol=1e-4)
+    np.testing.assert_array_equal(log.clipped, alone.clipped)
+    np.testing.assert_allclose(score.loss, alone_score.loss, rtol=1e-5)
+
+
 def test_seeds_differ_and_arms_share_their_start_and_first_batch(swept):
     log, score = swept
     assert log.loss.shape == log.grad_norm.shape == log.clipped.shape == (2, 3, 30)
@@ -90,7 +113,7 @@ def test_seeds_differ_and_arms_share_their_start_and_first_batch(swept):
 
 def test_checking_does_not_change_a_run(task, starts, swept):
     log, _ = swept
-    checked, _ = sweep(task, starts, check=True)
+    checked, _ = sweep(task, on_one_device(starts), check=True)
     np.testing.assert_allclose(checked.loss, log.loss, rtol=1e-5)
     np.testing.assert_array_equal(checked.clipped, log.clipped)
 
@@ -113,7 +136,7 @@ class Doubling(clips.Clip):
 def test_check_notices_a_clip_that_exceeds_its_limit(task, starts):
     clip = Doubling("doubling", "clip_by_global_norm", 0.1, ())
     with pytest.raises(AssertionError, match="equal"):
-        sweep(task, starts, chunks=(1,), clip=clip, check=True)
+        sweep(task, on_one_device(starts), chunks=(1,), clip=clip, check=True)
 
 
 NORMS = (1.0, 2.0, 0.0, 3.0, jnp.nan, 90.0, 1.0, 90.0, jnp.inf, 2.0)

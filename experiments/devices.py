@@ -1,0 +1,202 @@
+"""Devices and processes: where runs are computed, and how they are spread over devices.
+
+Several processes run the same program side by side, and each sees the devices of all.
+The first alone prints and writes files.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from experiments.config import UsageError
+
+# The operating system refuses longer paths.
+PATH_BYTES = 4096
+
+
+def _coordinator() -> str | None:
+    return os.environ.get("JAX_COORDINATOR_ADDRESS") or None
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """What a command runs on; None: what is there."""
+
+    devices: int | None = None
+    """Run on this many virtual CPU devices, in each process, and on no accelerator."""
+    coordinator: str | None = dataclasses.field(default_factory=_coordinator)
+    """HOST:PORT of process 0, if several processes work together. Default:
+    JAX_COORDINATOR_ADDRESS, or as Slurm, Open MPI, ... say."""
+    processes: int | None = None
+    """Number of these processes. Default: as Slurm, Open MPI, ... say."""
+    process_id: int | None = None
+    """Which of them this one is, from 0. Default: as Slurm, Open MPI, ... say."""
+
+    def __post_init__(self) -> None:
+        """Refuses impossible values."""
+        for name in ("devices", "processes"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be >= 1, got {name}={value}.")
+        if self.coordinator and not re.fullmatch(r".+:\d{1,5}", self.coordinator):
+            raise ValueError(
+                f"coordinator must be HOST:PORT, got coordinator={self.coordinator}."
+            )
+        last = math.inf if self.processes is None else self.processes - 1
+        if self.process_id is not None and not 0 <= self.process_id <= last:
+            raise ValueError(
+                "process_id must be >= 0 and less than processes, got "
+                f"process_id={self.process_id}, processes={self.processes}."
+            )
+
+
+@contextlib.contextmanager
+def use(machine: Machine) -> Iterator[None]:
+    """Sets up devices, and joins other processes for as long as all goes well.
+
+    Only the first process has a standard output then.
+
+    Raises:
+      UsageError: if jax has other devices already, or processes cannot be joined.
+    """
+    if machine.devices is not None:
+        try:
+            jax.config.update("jax_num_cpu_devices", machine.devices)
+            jax.config.update("jax_platforms", "cpu")
+        except RuntimeError as error:
+            raise UsageError(
+                f"devices={machine.devices} comes too late: jax has been used already."
+            ) from error
+    _join(machine)
+    if not is_first():
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    yield
+    # After an error the others may be waiting for what does not come: jax lets go of
+    # them when Python ends.
+    jax.distributed.shutdown()
+
+
+def _join(machine: Machine) -> None:
+    """Joins the other processes, if the user or what started this names any."""
+    named = machine.coordinator, machine.processes, machine.process_id
+    try:
+        jax.distributed.initialize(*named)
+    except (ValueError, RuntimeError) as error:
+        failed = isinstance(error, jax.errors.JaxRuntimeError)
+        if not failed and named == (None, None, None):
+            return
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise UsageError(
+            f"processes cannot be joined: {reason}. Where Slurm, Open MPI, ... do not "
+            "say it, pass --coordinator, --processes and --process-id, got "
+            f"coordinator={named[0]}, processes={named[1]}, process_id={named[2]}."
+        ) from error
+
+
+def is_first() -> bool:
+    """Whether this process is the one that prints and writes files."""
+    return jax.process_index() == 0
+
+
+def from_first(make: Callable[[], Path]) -> Path:
+    """Returns a path made by the first process; if it fails, the others end too."""
+    buffer = np.zeros(PATH_BYTES, np.uint8)
+    failure = None
+    if is_first():
+        try:
+            name = os.fsencode(make())
+            buffer[: len(name)] = np.frombuffer(name, np.uint8)
+        except (UsageError, OSError) as error:
+            failure = error
+    name = multihost_utils.broadcast_one_to_all(buffer).tobytes().rstrip(b"\0")
+    if failure is not None:
+        raise failure
+    if not name:
+        sys.exit(2)
+    return Path(os.fsdecode(name))
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """Runs which know nothing of each other, spread over devices.
+
+    Arrays have shape (runs, ...), filled up with copies of the last run to a multiple
+    of the number of devices.
+
+    Attributes:
+      runs: number of runs.
+      mesh: the devices, along one axis.
+    """
+
+    runs: int
+    mesh: Mesh
+
+    @property
+    def whole(self) -> NamedSharding:
+        """What every device has all of."""
+        return NamedSharding(self.mesh, P())
+
+    def place(self, tree: Any) -> Any:
+        """Puts NumPy arrays of shape (runs, ...) on the devices."""
+        copies = -self.runs % self.mesh.size
+        split = NamedSharding(self.mesh, P("runs"))
+
+        def place(leaf):
+            filled = np.concatenate([leaf, np.repeat(leaf[-1:], copies, axis=0)])
+            return jax.device_put(filled, split)
+
+        return jax.tree.map(place, tree)
+
+    def map(self, function: Callable, shared: int) -> Callable:
+        """Maps a function of one run over all runs, without a word between devices.
+
+        Args:
+          function: takes arguments that all runs share, then arguments of the run. Its
+            norms need `axis_name=()`: each device has all of its runs.
+          shared: number of arguments that are shared.
+
+        Returns:
+          A function of the shared arguments, and of those of all runs.
+        """
+
+        def on_a_device(shared, own):
+            return jax.vmap(functools.partial(function, *shared))(*own)
+
+        mapped = jax.shard_map(
+            on_a_device,
+            mesh=self.mesh,
+            in_specs=(P(), P("runs")),
+            out_specs=P("runs"),
+            check_vma=False,
+        )
+        return lambda *arguments: mapped(arguments[:shared], arguments[shared:])
+
+    def gather(self, tree: Any) -> Any:
+        """Returns NumPy arrays of shape (runs, ...), the same in all processes."""
+        gathered = multihost_utils.process_allgather(tree, tiled=True)
+        return jax.tree.map(lambda leaf: leaf[: self.runs], gathered)
+
+
+def spread(runs: int, one_device: bool = False) -> Spread:
+    """Spreads runs over all devices of all processes.
+
+    Args:
+      runs: number of runs.
+      one_device: instead, each process computes all of them on its first device.
+    """
+    devices = jax.local_devices()[:1] if one_device else jax.devices()
+    mesh = jax.make_mesh((len(devices),), ("runs",), (AxisType.Auto,), devices=devices)
+    return Spread(runs, mesh)

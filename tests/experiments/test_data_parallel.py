@@ -1,0 +1,77 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from experiments import clips, train
+from experiments.arms import Knobs
+from experiments.models import RowClassifier
+from experiments.studies import data_parallel
+from experiments.tasks import digits_rows
+
+CONFIG = data_parallel.SMOKE
+
+
+@pytest.mark.parametrize(
+    ("batch", "hidden", "shapes"),
+    [
+        (48, 192, [(1, 1), (8, 1), (4, 2), (2, 4)]),
+        (48, 6, [(1, 1), (8, 1), (4, 2)]),
+        (20, 192, [(1, 1), (5, 1)]),
+        (17, 192, [(1, 1)]),
+    ],
+)
+def test_meshes_have_all_devices_that_can_share_a_batch(batch, hidden, shapes):
+    config = dataclasses.replace(CONFIG, batch=batch, hidden=hidden)
+    meshes = data_parallel.meshes(config)
+    assert [mesh.devices.shape for mesh in meshes] == shapes
+    assert {mesh.axis_names for mesh in meshes} == {("data", "model")}
+
+
+@pytest.mark.parametrize("spec", CONFIG.clip)
+def test_batch_parameters_and_optimizer_state_are_split(spec):
+    *_, mesh = data_parallel.meshes(CONFIG)
+    task = data_parallel.SplitBatches(digits_rows.load(), mesh)
+    x_BxTxF, label_B = jax.jit(task.sample, static_argnums=1)(jax.random.key(0), 48)
+    assert {shard.data.shape for shard in x_BxTxF.addressable_shards} == {(24, 8, 8)}
+    assert {shard.data.shape for shard in label_B.addressable_shards} == {(24,)}
+
+    model = RowClassifier("lstm", CONFIG.hidden, task.task.classes)
+    setup = train.Setup(model, clips.parse(spec), "adam", 48, check=False)
+    knobs = Knobs(jnp.float32(0.1), jnp.float32(setup.clip.threshold))
+    start = jax.eval_shape(functools.partial(train.init, model), 0, task)
+    state = jax.eval_shape(functools.partial(train.begin, setup), knobs, start)
+    places = data_parallel.layout(mesh, setup, knobs, state)
+    specs = {place.spec for place in jax.tree.leaves(places.params)}
+    assert specs == {P("model"), P(None, "model"), P()}
+    record, (adam, _) = places.opt_state
+    assert adam.mu == adam.nu == places.params
+    assert {place.spec for place in jax.tree.leaves(record)} == {P()}
+
+
+def row(mesh, **changed):
+    same = {"lr": 0.1, "arm": "none", "compared": 5, "moved": 0.1}
+    return {**same, "mesh": mesh, "difference": 1e-6, "test_accuracy": 0.9, **changed}
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({}, "the same result on 2x1, 1x2 as"),
+        ({"difference": 0.01}, "ANOTHER result"),
+        ({"difference": float("nan")}, "ANOTHER result"),
+        ({"test_accuracy": 0.8}, "ANOTHER result"),
+    ],
+)
+def test_the_verdict_compares_with_one_device(changed, words):
+    rows = [row("1x1"), row("2x1"), row("1x2", **changed)]
+    (line,) = data_parallel.verdict(rows)
+    assert words in line
+
+
+def test_one_device_alone_is_told_how_to_have_more():
+    (line,) = data_parallel.verdict([row("1x1"), row("1x1", arm="clip:1")])
+    assert "--devices 8" in line
