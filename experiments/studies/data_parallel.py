@@ -206,7 +206,8 @@ def run(config: DataParallelConfig, progress: Progress) -> tuple[Rows, arms.Curv
     start = jax.jit(functools.partial(train.init, model))(config.seed, task)
     pieces = train.chunks(config.updates, CHECKPOINTS)
     grid, places = arms.grid(config.lr, config.clip), meshes(config)
-    bar = progress.add_task(config.experiment, total=len(grid) * len(places), best="")
+    total = len(grid) * len(places) * config.updates
+    bar = progress.add_task(config.experiment, total=total, best="")
     rows, losses, differences = [], [], []
     for arm in grid:
         setup = train.Setup(model, arm.clip, "adam", config.batch, check=False)
@@ -239,7 +240,7 @@ def run(config: DataParallelConfig, progress: Progress) -> tuple[Rows, arms.Curv
                     "seconds": time.perf_counter() - began,
                 }
             )
-            progress.update(bar, advance=1)
+            progress.update(bar, advance=config.updates)
     shape = len(grid), len(places), -1
     curves = {
         "loss": np.reshape(losses, shape),
