@@ -127,14 +127,14 @@ def align(params: PyTree, updates: PyTree, who: str) -> PyTree:
             "params that the gradients were taken of, filtered in the same way."
         ) from None
     aligned = [leaves[i] for i in part.indices]
-    for param, update, index in zip(aligned, part.arrays, part.indices, strict=True):
-        if not _is_inexact(param) or jnp.shape(param) != update.shape:
-            path = jax.tree_util.tree_flatten_with_path(updates, is_leaf=absent)[0]
-            got = type(param).__name__ if param is None else jnp.shape(param)
+    for i, (param, update) in enumerate(zip(aligned, part.arrays, strict=True)):
+        single = jax.tree_util.all_leaves([param])  # not None, and no branch
+        if not single or not _is_inexact(param) or jnp.shape(param) != update.shape:
+            got = jnp.shape(param) if single else type(param).__name__
             raise ValueError(
                 f"{who}: params must match updates, got {got} for an update of shape "
-                f"{update.shape} at {name(path[index][0])}. Pass the params that the "
-                "gradients were taken of."
+                f"{update.shape} at {part.path(i)}. Pass the params that the gradients "
+                "were taken of."
             )
     return part.cells(aligned)
 

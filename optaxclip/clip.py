@@ -126,16 +126,19 @@ def sharded(clip: Clip, axis_name: _mesh.AxisName) -> Clip:
 
     * with `check_vma=False` and in `pmap`, where they do not;
     * for norms of slices (`scopes.unit`, as in `adaptive_grad_clip`) of a leaf that is
-      split, for types do not tell along which dimension.
+      split, for types do not tell along which dimension;
+    * where leaves vary over devices and are no parts of something: a training run of
+      its own on each device, examples of a batch that is split. Types do not tell these
+      from parts, and one norm would be measured of all of them.
 
     Args:
       clip: what a named method or `clip_by` made.
       axis_name: the `PartitionSpec`s of the updates, one for all or a pytree prefix, as
         the `in_specs` of `shard_map`; or the name or names of mesh axes that every leaf
         is split over. `()` says that every device has all of every leaf and measures
-        for itself: averaged data-parallel gradients in `pmap`, or a training run of its
-        own on each device. A single name cannot be checked where types do not tell: a
-        leaf that is not split would count several times.
+        for itself: averaged data-parallel gradients in `pmap`, or runs of their own. A
+        single name cannot be checked where types do not tell: a leaf that is not split
+        would count several times.
 
     Returns:
       The same clip with an `axis_name`.

@@ -153,6 +153,10 @@ def test_states_of_combined_bounds_are_kept_apart():
             {**UPDATES, "output": None},
             r"got NoneType for an update of shape \(2,\) at output",
         ),
+        (
+            {**UPDATES, "output": {"kernel": jnp.ones(2)}},
+            r"got dict for an update of shape \(2,\) at output",
+        ),
     ],
 )
 def test_params_that_do_not_fit_are_refused(params, message):
