@@ -168,7 +168,8 @@ def varying_like(tree: PyTree, magnitudes: PyTree) -> PyTree:
 
     They vary if every device measures for itself, and so does what is decided by them.
     """
-    cells = [m for m in jax.tree.leaves(magnitudes) if not m.ndim]
+    own = _each_for_itself.get()
+    cells = [m for m in jax.tree.leaves(magnitudes) if own or not m.ndim]
     names = frozenset().union(*map(varying, cells))
     return jax.tree.map(lambda x: varying_over(x, names), tree) if names else tree
 
@@ -224,8 +225,8 @@ def layout(
             raise ValueError(
                 f"{who}: axis_name must tell which dimensions are split where norms "
                 f"are of slices, got axis_name={axis_name!r} for {part.path(i)}, split "
-                f"over {_listed(split.names)}. Give the PartitionSpecs of the "
-                "parameters: optaxclip.sharded(clip, specs)."
+                f"over {_listed(split.names)}. Give the PartitionSpecs, as "
+                "axis_name=specs or to any clip by optaxclip.sharded(clip, specs)."
             )
         else:
             own = frozenset(n for d in reduced for n in split.by_dimension[d])
@@ -326,8 +327,9 @@ def _splits(part: _trees.Counted, axis_name: AxisName, who: str) -> list[_Split]
                 f"{who}: axis_name must be given where types do not tell which leaves "
                 "are split, as in shard_map with check_vma=False and in pmap, got None "
                 f"for {part.path(0)}. Use shard_map with check_vma=True; or give the "
-                "PartitionSpecs, optaxclip.sharded(clip, specs), or axis_name=() if "
-                "every device has all of every leaf, as averaged gradients are."
+                "PartitionSpecs, as axis_name=specs or to any clip by "
+                "optaxclip.sharded(clip, specs); or () for them, if every device has "
+                "all of every leaf, as averaged gradients are."
             )
         return [_Split(varying(x), None) for x in part.arrays]
     given = _given(part, axis_name, who)
@@ -405,8 +407,9 @@ def _unreduced(x: jax.Array) -> frozenset[str]:
 def _are_names(axis_name: Any) -> bool:
     if isinstance(axis_name, str):
         return True
-    plain = type(axis_name) in (tuple, list)
-    return plain and all(isinstance(name, str) for name in axis_name)
+    if axis_name == () or not isinstance(axis_name, tuple | list):
+        return axis_name == ()
+    return bool(axis_name) and all(isinstance(name, str) for name in axis_name)
 
 
 def _is_spec(node: Any) -> bool:

@@ -51,7 +51,8 @@ def choose_state(
     jaxpr, treedef = closed.jaxpr, jax.tree.structure((updates, after))
     count = len(jax.tree.leaves(updates))
     old = jax.tree.leaves(before)
-    # No derivative of the updates flows back by the state that is not left.
+    # By identity, for what is no variable, a literal, is given back as well. No
+    # derivative of the updates flows back by the state that is not left.
     held = {
         id(var): lax.stop_gradient(x)
         for var, x in zip(jaxpr.outvars[count:], old, strict=True)

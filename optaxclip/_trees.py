@@ -200,10 +200,9 @@ def absent(node: Any) -> bool:
 
 
 def _is_inexact(leaf: Any) -> bool:
-    if absent(leaf):
-        return False
-    dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
-    return jnp.issubdtype(dtype, jnp.inexact)
+    if not hasattr(leaf, "dtype"):
+        return isinstance(leaf, float | complex)
+    return jnp.issubdtype(leaf.dtype, jnp.inexact)
 
 
 def _typed_like(new: jax.Array, old: jax.Array) -> jax.Array:

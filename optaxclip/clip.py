@@ -93,7 +93,8 @@ def clip_by(
     axis_name = _mesh.check_axis_name(axis_name, "clip_by")
 
     def init(params):
-        return bound.init(scope.described(params, axis_name))
+        with _mesh.bounding(axis_name):
+            return bound.init(scope.described(params, axis_name))
 
     def update(updates, state, params=None, *, norm=None, **extra_args):
         del extra_args
@@ -129,7 +130,8 @@ def sharded(clip: Clip, axis_name: _mesh.AxisName) -> Clip:
       split, for types do not tell along which dimension;
     * where leaves vary over devices and are no parts of something: a training run of
       its own on each device, examples of a batch that is split. Types do not tell these
-      from parts, and one norm would be measured of all of them.
+      from parts, and one norm would be measured of all of them. For the same reason
+      give `update` the params as they are split, not a copy that `lax.pcast` made vary.
 
     Args:
       clip: what a named method or `clip_by` made.
@@ -150,8 +152,8 @@ def sharded(clip: Clip, axis_name: _mesh.AxisName) -> Clip:
 
     Examples:
       >>> import jax, jax.numpy as jnp, optaxclip
-      >>> from jax.sharding import PartitionSpec as P
-      >>> mesh = jax.make_mesh((1,), ("d",))
+      >>> from jax.sharding import AxisType, PartitionSpec as P
+      >>> mesh = jax.make_mesh((1,), ("d",), axis_types=(AxisType.Auto,))
       >>> clip = optaxclip.sharded(optaxclip.clip_by_unit_norm(1.0), P("d"))
       >>> run = lambda updates: clip.update(updates, None)[0]
       >>> run = jax.shard_map(run, mesh=mesh, in_specs=P("d"), out_specs=P("d"))

@@ -350,7 +350,8 @@ def tree(ord: float | str | None = None) -> Scope:
             layout = _mesh.layout(part, axis_name, "scopes.tree")
             (seen,) = norms.measure(part.arrays, layout, groups=whole, ord=ord)
         else:
-            seen = _known(norm, _trees.widest(*(u.dtype for u in part.arrays)))
+            dtype = _trees.widest(*(u.dtype for u in part.arrays))
+            seen = _known(norm, dtype, axis_name)
         cell_of = [0] * len(part.arrays)
         return seen, _rescaling(part, [seen], lambda cell: [cell], cell_of)
 
@@ -368,13 +369,21 @@ def _sorted_labels(tree: PyTree) -> list[Any]:
         ) from None
 
 
-def _known(norm: jax.typing.ArrayLike, dtype: Any) -> jax.Array:
+def _known(
+    norm: jax.typing.ArrayLike, dtype: Any, axis_name: _mesh.AxisName
+) -> jax.Array:
     check_number(norm, "update: norm", nan_allowed=True)
     norm = jnp.asarray(norm)
     if norm.ndim:
         raise ValueError(
             f"update: norm must be a scalar, got norm of shape {norm.shape}. Give the "
             "norm of all updates together."
+        )
+    if (names := _mesh.varying(norm)) and axis_name != ():
+        raise ValueError(
+            "update: norm must be the same on all devices, got one that varies over "
+            f"{', '.join(map(repr, sorted(names)))}. Sum its square over them with "
+            "lax.psum."
         )
     return norm.astype(dtype)
 

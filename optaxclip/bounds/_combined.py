@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from optaxclip import _mesh, _trees, norms
+from optaxclip import _mesh, norms
 from optaxclip._checks import check_number
 from optaxclip._numerics import quotient
 from optaxclip.bounds._rules import (
@@ -236,8 +236,7 @@ def jointly(bound: BoundLike, who: str = "bounds.jointly: bound") -> Bound:
         return norm.astype(dtype or norm.dtype)
 
     def init(magnitudes):
-        dtypes = (m.dtype for m in jax.tree.leaves(magnitudes))
-        return inner.init(jax.ShapeDtypeStruct((), _trees.widest(*dtypes)))
+        return inner.init(jax.eval_shape(together, magnitudes))
 
     def limit(state, magnitudes, own):
         total = together(magnitudes)
