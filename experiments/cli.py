@@ -76,11 +76,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 list_studies(console)
             case Run(config, _, out, machine):
                 with devices.use(machine):
+                    devices.agree(config)
                     run(config, _create(out, config.experiment), console)
             case Plot(directory):
                 plot(directory, console)
             case Demo(tier, out, machine):
                 with devices.use(machine):
+                    devices.agree(tier)
                     directory = _create(out, "demo")
                     for name, study in STUDIES.items():
                         part = _create(directory / name, name)

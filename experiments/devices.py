@@ -7,6 +7,7 @@ The first alone prints and writes files.
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import math
 import os
 import re
@@ -92,6 +93,8 @@ def use(machine: Machine) -> Iterator[None]:
 def _join(machine: Machine) -> None:
     """Joins the other processes, if the user or what started this names any."""
     named = machine.coordinator, machine.processes, machine.process_id
+    if None not in named:
+        print(f"joining {named[1]} processes at {named[0]} ...", file=sys.stderr)
     try:
         jax.distributed.initialize(*named)
     except (ValueError, RuntimeError) as error:
@@ -127,6 +130,23 @@ def from_first(make: Callable[[], Path]) -> Path:
     if not name:
         sys.exit(2)
     return Path(os.fsdecode(name))
+
+
+def agree(what: Any) -> None:
+    """Refuses to go on if processes were not told the same.
+
+    Raises:
+      UsageError: in all of them.
+    """
+    if jax.process_count() == 1:
+        return
+    digest = hashlib.sha256(repr(what).encode()).digest()
+    told = multihost_utils.process_allgather(np.frombuffer(digest, np.uint8))
+    if (told != told[:1]).any():
+        raise UsageError(
+            "processes were started with different options. Give all of them the same, "
+            "but for --process-id."
+        )
 
 
 @dataclasses.dataclass(frozen=True)

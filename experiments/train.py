@@ -68,11 +68,13 @@ class Log(NamedTuple):
       loss: mean cross entropy of the batch, in nats.
       grad_norm: Euclidean norm of the whole gradient before the clip.
       clipped: whether the clip made anything smaller.
+      scale: the smallest factor the clip multiplied anything by.
     """
 
     loss: Any
     grad_norm: Any
     clipped: Any
+    scale: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +161,8 @@ def step(setup: Setup, task: Any, knobs: Knobs, state: State) -> tuple[State, Lo
         grads, state.opt_state, state.params
     )
     (record,) = optaxclip.records(opt_state)
-    log = Log(value, optaxclip.norms.tree_norm(grads, axis_name=()), record.clipped > 0)
+    norm = optaxclip.norms.tree_norm(grads, axis_name=())
+    log = Log(value, norm, record.clipped > 0, record.scale)
     params = optax.apply_updates(state.params, updates)
     return State(params, opt_state, state.key, state.step + 1), log
 

@@ -328,10 +328,17 @@ def test_every_device_for_itself(tracked):
     rows = {
         "global": optaxclip.recorded(optaxclip.zclip(max_norm=0.5)),
         "unit": optaxclip.recorded(optaxclip.clip_by_unit_norm(0.5)),
+        "element": optaxclip.recorded(optaxclip.clip(0.5)),
+        "jointly": clip_by(scopes.unit(), bounds.jointly(bounds.ema(1.5, warmup=1))),
     }
     alone = {name: optaxclip.sharded(tx, ()) for name, tx in rows.items()}
+
+    def two_steps(tx, u):
+        step = lambda state, size: tx.update(jax.tree.map(size.__mul__, u), state)[::-1]
+        return lax.scan(step, tx.init(u), jnp.array([1.0, 2.0]))
+
     run = lambda rows: jax.vmap(
-        lambda u: {name: one_step(tx, u, u) for name, tx in rows.items()}
+        lambda u: {name: two_steps(tx, u) for name, tx in rows.items()}
     )
     factors = np.float32([1, 1e25, 1, 1, 1e-30, 1, 2, 3])
     lay = lambda x: np.multiply.outer(factors, x).astype(np.float32)
@@ -634,6 +641,17 @@ def test_functions_of_one_array_are_refused():
     got = jax.jit(mapped(told, (SPECS["w"],), SPECS["w"]))(w)
     want = np.linalg.norm(w.astype(np.float64), axis=0)
     np.testing.assert_allclose(got, np.broadcast_to(want, w.shape), 1e-6)
+
+
+@pytest.mark.parametrize("tx", [GLOBAL(1.0), optaxclip.skip_steps(optax.sgd(0.1))])
+def test_a_norm_that_is_not_that_of_all_devices_is_refused(tx):
+    def f(u):
+        own = norms.tree_norm(u, axis_name=())
+        return tx.update(u, tx.init(u), norm=own)[0]
+
+    refused(
+        f, "norm must be the same on all devices, got one that varies over 'd', 't'"
+    )
 
 
 @pytest.mark.parametrize("tracked", [True, False])

@@ -838,3 +838,12 @@ def test_in_shard_map_a_nan_on_one_device_of_eight_is_skipped_by_all(norm):
         check_vma=True,
     )
     check_devices(*jax.jit(run)(sharded(0), damaged()))
+
+
+def test_params_may_hold_what_is_no_array():
+    tx = skip_steps(optax.sgd(0.5))
+    params = {"w": jnp.ones(3), "activation": jax.nn.relu}
+    grads = {"w": jnp.ones(3), "activation": None}
+    updates, _ = tx.update(grads, tx.init(grads), params)
+    assert updates["activation"] is None
+    np.testing.assert_array_equal(updates["w"], np.full(3, -0.5))

@@ -8,6 +8,7 @@ from jax.sharding import PartitionSpec as P
 
 from experiments import clips, train
 from experiments.arms import Knobs
+from experiments.config import UsageError
 from experiments.models import RowClassifier
 from experiments.studies import data_parallel
 from experiments.tasks import digits_rows
@@ -21,7 +22,6 @@ CONFIG = data_parallel.SMOKE
         (48, 192, [(1, 1), (8, 1), (4, 2), (2, 4)]),
         (48, 6, [(1, 1), (8, 1), (4, 2)]),
         (20, 192, [(1, 1), (5, 1)]),
-        (17, 192, [(1, 1)]),
     ],
 )
 def test_meshes_have_all_devices_that_can_share_a_batch(batch, hidden, shapes):
@@ -29,6 +29,12 @@ def test_meshes_have_all_devices_that_can_share_a_batch(batch, hidden, shapes):
     meshes = data_parallel.meshes(config)
     assert [mesh.devices.shape for mesh in meshes] == shapes
     assert {mesh.axis_names for mesh in meshes} == {("data", "model")}
+
+
+def test_a_batch_that_devices_cannot_share_is_refused():
+    config = dataclasses.replace(CONFIG, batch=17)
+    with pytest.raises(UsageError, match=r"batch=17 cannot be shared .* such as 8"):
+        data_parallel.meshes(config)
 
 
 @pytest.mark.parametrize("spec", CONFIG.clip)
@@ -53,8 +59,9 @@ def test_batch_parameters_and_optimizer_state_are_split(spec):
 
 
 def row(mesh, **changed):
-    same = {"lr": 0.1, "arm": "none", "compared": 5, "moved": 0.1}
-    return {**same, "mesh": mesh, "difference": 1e-6, "test_accuracy": 0.9, **changed}
+    same = {"lr": 0.1, "arm": "none", "compared": 5, "moved": 0.1, "factor": 0.5}
+    near = {"difference": 1e-6, "factor_difference": 1e-6, "test_accuracy": 0.9}
+    return {**same, "mesh": mesh, **near, **changed}
 
 
 @pytest.mark.parametrize(
@@ -64,6 +71,8 @@ def row(mesh, **changed):
         ({"difference": 0.01}, "ANOTHER result"),
         ({"difference": float("nan")}, "ANOTHER result"),
         ({"test_accuracy": 0.8}, "ANOTHER result"),
+        ({"factor_difference": 0.5}, "ANOTHER result"),
+        ({"factor_difference": float("nan")}, "ANOTHER result"),
     ],
 )
 def test_the_verdict_compares_with_one_device(changed, words):

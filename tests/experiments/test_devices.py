@@ -1,3 +1,4 @@
+import contextlib
 import json
 import re
 import socket
@@ -11,6 +12,7 @@ import pytest
 
 import optaxclip
 from experiments import devices
+from experiments.config import UsageError
 
 COLLECTIVE = r"all-(gather|reduce|to-all)|collective-|reduce-scatter"
 
@@ -37,6 +39,15 @@ def test_every_run_is_made_once_and_alone_on_all_devices(runs):
 def test_there_are_copies_of_the_last_run_on_devices_to_spare():
     placed = devices.spread(3).place((np.array([4, 5, 6]),))[0]
     assert placed.tolist() == [4, 5] + [6] * (jax.device_count() - 2)
+
+
+def test_processes_that_were_told_something_else_are_refused(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    for other, agreed in ((0, True), (1, False)):
+        both = lambda own, other=other: np.stack([own, own ^ np.uint8(other)])
+        monkeypatch.setattr(devices.multihost_utils, "process_allgather", both)
+        with contextlib.nullcontext() if agreed else pytest.raises(UsageError):
+            devices.agree("the same")
 
 
 def free_port():
