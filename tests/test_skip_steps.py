@@ -208,7 +208,7 @@ def test_eager_is_what_jit_is():
     assert int(eager.skipped) == 2
 
 
-# Where optax.apply_if_finite fails (SYSTEMS.md, sections 5 and 10).
+# Where optax.apply_if_finite fails: it gives up, and it sees only what a clip leaves.
 
 
 def test_it_never_applies_a_nan_however_many_there_are():
