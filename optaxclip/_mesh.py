@@ -405,11 +405,10 @@ def _unreduced(x: jax.Array) -> frozenset[str]:
 
 
 def _are_names(axis_name: Any) -> bool:
-    if isinstance(axis_name, str):
+    if isinstance(axis_name, str) or axis_name == ():
         return True
-    if axis_name == () or not isinstance(axis_name, tuple | list):
-        return axis_name == ()
-    return bool(axis_name) and all(isinstance(name, str) for name in axis_name)
+    plain = type(axis_name) in (tuple, list) and len(axis_name) > 0
+    return plain and all(isinstance(name, str) for name in axis_name)
 
 
 def _is_spec(node: Any) -> bool:

@@ -140,7 +140,8 @@ def sharded(clip: Clip, axis_name: _mesh.AxisName) -> Clip:
         is split over. `()` says that every device has all of every leaf and measures
         for itself: averaged data-parallel gradients in `pmap`, or runs of their own. A
         single name cannot be checked where types do not tell: a leaf that is not split
-        would count several times.
+        would count several times. Outside of `shard_map` specs change nothing, so that
+        one clip serves there too.
 
     Returns:
       The same clip with an `axis_name`.
@@ -160,6 +161,9 @@ def sharded(clip: Clip, axis_name: _mesh.AxisName) -> Clip:
       >>> print(run(jnp.array([[3.0, 0.0], [4.0, 0.5]])))
       [[0.6 0. ]
        [0.8 0.5]]
+
+    References:
+      The axes that types tell of: https://docs.jax.dev/en/latest/notebooks/shard_map.html
     """
     if not (isinstance(clip, Clip) and hasattr(clip, "scope")):
         raise TypeError(
