@@ -16,7 +16,7 @@ endif
 .PHONY: demo test lint bench format clean
 
 demo: $(VENV)/.demo
-	$(PY) -m experiments demo
+	$(PY) -m experiments suite cliff temporal_order lr_window image_rows
 
 test: $(VENV)/.test
 	$(PY) -m pytest -n auto

@@ -5,7 +5,6 @@ one compiled program, in which learning rate and threshold are arrays. "No clip"
 threshold of inf, and so runs beside the clips by global norm.
 """
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -45,9 +44,7 @@ def by_kind(arms: Sequence[Arm]) -> list[list[int]]:
     return list(kinds.values())
 
 
-def run(
-    arms: Sequence[Arm], run_kind: Callable[[clips.Clip, Knobs], Curves]
-) -> tuple[Curves, list[float]]:
+def run(arms: Sequence[Arm], run_kind: Callable[[clips.Clip, Knobs], Curves]) -> Curves:
     """Runs all arms, kind after kind.
 
     Args:
@@ -56,23 +53,18 @@ def run(
         of shape (arms, ...).
 
     Returns:
-      The arrays for all arms, in their order, and the seconds of each arm: those of its
-      program, compilation included, divided by the arms in it.
+      The arrays for all arms, in their order.
     """
     found: dict[int, Curves] = {}
-    seconds: dict[int, float] = {}
     for positions in by_kind(arms):
-        began = time.perf_counter()
         kind = [arms[i] for i in positions]
         knobs = Knobs(
             lr=jnp.asarray([arm.lr for arm in kind], jnp.float32),
             threshold=jnp.asarray([arm.clip.threshold for arm in kind], jnp.float32),
         )
         curves = jax.device_get(run_kind(kind[0].clip, knobs))
-        share = (time.perf_counter() - began) / len(kind)
         for place, i in enumerate(positions):
             found[i] = {name: curve[place] for name, curve in curves.items()}
-            seconds[i] = share
-    order = range(len(arms))
-    stacked = {name: np.stack([found[i][name] for i in order]) for name in found[0]}
-    return stacked, [seconds[i] for i in order]
+    return {
+        name: np.stack([found[i][name] for i in range(len(arms))]) for name in found[0]
+    }

@@ -1,6 +1,7 @@
-"""The command line: `python -m experiments list | run | plot | demo`.
+"""The command line: `python -m experiments list | run | resume | plot | suite`.
 
-What cannot be done ends with one line on stderr and exit code 2.
+What cannot be done ends with one line on stderr and exit code 2; what was stopped, with
+exit code 130 and the command that goes on.
 """
 
 import contextlib
@@ -19,16 +20,18 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from experiments import devices, progress, results
-from experiments.config import Config, Tier, UsageError
+from experiments import board, devices, progress, report, results
+from experiments.config import Config, Tier, UsageError, check_different
 from experiments.devices import Machine
-from experiments.results import Results
+from experiments.journal import Journal, Stopped, stopping
 from experiments.studies import STUDIES
 from experiments.studies.study import Study
 
 PROG = "python -m experiments"
 # Accelerators round products to fewer bits than float32 has unless told otherwise.
 PRECISION = "highest"
+# The exit code of a shell for a program that Ctrl-C ended.
+STOPPED = 130
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,33 +41,56 @@ class List:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Run an experiment: a table, what it says, and figures."""
+    """Run an experiment: a table, what it says, figures, and a page of all of it."""
 
     config: Config
     tier: Tier = "smoke"
     """Size of the run; the defaults of the other options are those of the tier."""
     out: Path | None = None
     """Directory for what comes out, empty or new. Default: the next runs/NAME-1."""
+    tensorboard: bool = False
+    """Also write logs for TensorBoard (needs the package tensorboardX)."""
+    machine: Machine = dataclasses.field(default_factory=Machine)
+
+
+@dataclasses.dataclass(frozen=True)
+class Resume:
+    """Go on with what was stopped, bit for bit as if it had not been."""
+
+    directory: tyro.conf.Positional[Path]
+    """A run directory, or one that holds run directories."""
     machine: Machine = dataclasses.field(default_factory=Machine)
 
 
 @dataclasses.dataclass(frozen=True)
 class Plot:
-    """Redraw all figures from stored results."""
+    """Redraw all figures and pages from stored results."""
 
     directory: tyro.conf.Positional[Path]
     """A run directory, or one that holds run directories."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Demo:
-    """Run all experiments, one after another."""
+class Suite:
+    """Run several experiments, one after another."""
 
+    names: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Names of experiments. Default: all."""
     tier: Tier = "smoke"
     """Size of the runs."""
     out: Path | None = None
-    """Directory for what comes out, empty or new. Default: the next runs/demo-1."""
+    """Directory for what comes out, empty or new. Default: the next runs/suite-1."""
     machine: Machine = dataclasses.field(default_factory=Machine)
+
+    def __post_init__(self) -> None:
+        """Refuses what is no experiment."""
+        for name in self.names:
+            if name not in STUDIES:
+                raise ValueError(
+                    f"names must be of {', '.join(STUDIES)}, got names={name}."
+                )
+        if self.names:
+            check_different("names", self.names)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -74,23 +100,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
         match _read(sys.argv[1:] if arguments is None else arguments):
             case List():
                 list_studies(console)
-            case Run(config, _, out, machine):
+            case Run(config, _, out, tensorboard, machine):
                 with devices.use(machine):
                     devices.agree(config)
-                    run(config, _create(out, config.experiment), console)
-            case Plot(directory):
-                plot(directory, console)
-            case Demo(tier, out, machine):
+                    run([config], out, config.experiment, console, tensorboard)
+            case Suite(names, tier, out, machine):
                 with devices.use(machine):
-                    devices.agree(tier)
-                    directory = _create(out, "demo")
-                    for name, study in STUDIES.items():
-                        part = _create(directory / name, name)
-                        run(study.tiers[tier], part, console)
+                    devices.agree((names, tier))
+                    configs = [STUDIES[name].tiers[tier] for name in names or STUDIES]
+                    run(configs, out, "suite", console)
+            case Resume(directory, machine):
+                with devices.use(machine):
+                    resume(directory, console)
+            case Plot(directory):
+                for path in _runs(directory):
+                    show(path, console)
     except UsageError as error:
         _refuse(str(error))
     except OSError as error:
-        _refuse(f"{error.filename}: {error.strerror}.")
+        where = "" if error.filename is None else f"{error.filename}: "
+        _refuse(f"{where}{error.strerror}.")
+    except KeyboardInterrupt:
+        print(f"{PROG}: stopped.", file=sys.stderr)
+        sys.exit(STOPPED)
 
 
 def list_studies(console: Console) -> None:
@@ -101,46 +133,101 @@ def list_studies(console: Console) -> None:
     console.print(table)
 
 
-def run(config: Config, directory: Path, console: Console) -> None:
-    """Runs an experiment into an empty directory; several processes work together."""
-    study = STUDIES[config.experiment]
-    facts = {**study.facts, "matmul_precision": PRECISION}
+def run(
+    configs: Sequence[Config],
+    out: Path | None,
+    name: str,
+    console: Console,
+    tensorboard: bool = False,
+) -> None:
+    """Runs experiments into an empty directory, one in it, several below it.
+
+    All data are read, and all configs stored, before the first experiment begins: what
+    cannot be read is refused at once, and what is stopped can be resumed as a whole.
+    """
+    if tensorboard:
+        board.require()
+    facts = [STUDIES[config.experiment].facts(config) for config in configs]
+    top = devices.from_first(functools.partial(results.create, out, name))
+    places = [top if name != "suite" else top / each.experiment for each in configs]
     if devices.is_first():
-        results.begin(directory, config, facts)
-    with progress.bar(console) as shown, jax.default_matmul_precision(PRECISION):
-        rows, curves = study.run(config, shown)
-    if not devices.is_first():
-        return
-    results.finish(directory, rows, curves)
+        for place, config, fact in zip(places, configs, facts, strict=True):
+            place.mkdir(exist_ok=True)
+            facts_of_run = {**fact, "matmul_precision": PRECISION}
+            results.begin(place, config, facts_of_run, tensorboard)
+    for place, config in zip(places, configs, strict=True):
+        work(place, config, top, tensorboard, console)
+
+
+def resume(directory: Path, console: Console) -> None:
+    """Goes on with all runs in a directory that are not finished."""
+    for path in devices.from_first(lambda: _runs(directory)):
+        if devices.from_first(lambda path=path: results.is_finished(path)):
+            console.print(f"{path} is finished", soft_wrap=True, highlight=False)
+            continue
+        about = devices.from_first(lambda path=path: results.read_about(path))
+        study = _study(path, about)
+        config = results.read_config(about, type(study.tiers["smoke"]))
+        if about["device"] != results.device():
+            raise UsageError(
+                f"{path} was begun on {about['device']}, and here is "
+                f"{results.device()}: see --devices. Elsewhere, run it again: "
+                f"{about['command']}"
+            )
+        work(path, config, directory, about["tensorboard"], console)
+
+
+def work(
+    directory: Path, config: Config, top: Path, tensorboard: bool, console: Console
+) -> None:
+    """Does, or goes on with, an experiment, and shows its results."""
+    study = STUDIES[config.experiment]
+    log = board.open_board(directory / "tensorboard") if tensorboard else None
+    with progress.bar(console) as bar, jax.default_matmul_precision(PRECISION):
+        journal = Journal(directory, bar, log if devices.is_first() else None)
+        try:
+            with stopping(journal):
+                rows, curves = study.run(config, journal)
+        except Stopped:
+            bar.stop()
+            print(
+                f"{PROG}: stopped, nothing is lost. To go on: {PROG} resume {top}",
+                file=sys.stderr,
+            )
+            sys.exit(STOPPED)
+    if devices.is_first():
+        results.finish(directory, rows, curves)
+        journal.finish()
+        show(directory, console)
+
+
+def show(directory: Path, console: Console) -> None:
+    """Prints and draws what is stored in a run directory, and makes a page of it."""
     found = results.load(directory)
-    console.print(study.table(found.rows))
-    for line in study.verdict(found.rows):
+    study = _study(directory, found.about)
+    table, verdict = study.table(found.rows), study.verdict(found.rows)
+    console.print(table)
+    for line in verdict:
         console.print(line, soft_wrap=True, highlight=False)
-    console.print(f"results and figures: {directory}", soft_wrap=True, highlight=False)
-    _draw(study, found, directory, console)
+    drawn = study.figures(found, directory)
+    page = report.write_page(directory, found.about, study.about, table, verdict, drawn)
+    for path in (*drawn, page):
+        console.print(str(path), soft_wrap=True, highlight=False)
 
 
-def plot(directory: Path, console: Console) -> None:
-    """Draws the figures of all runs in a directory, from what is stored there."""
+def _runs(directory: Path) -> list[Path]:
+    """Returns the run directories in a directory, itself or below it."""
     runs = sorted(path.parent for path in directory.rglob("config.json"))
     if not runs:
         raise UsageError(f"{directory} holds no run: there is no config.json.")
-    for path in runs:
-        found = results.load(path)
-        name = found.about.get("config", {}).get("experiment")
-        if name not in STUDIES:
-            raise UsageError(f"{path} holds no run of {', '.join(STUDIES)}.")
-        _draw(STUDIES[name], found, path, console)
+    return runs
 
 
-def _create(out: Path | None, name: str) -> Path:
-    """Makes a run directory, the same for all processes."""
-    return devices.from_first(functools.partial(results.create, out, name))
-
-
-def _draw(study: Study, found: Results, directory: Path, console: Console) -> None:
-    for path in study.figures(found, directory):
-        console.print(str(path), soft_wrap=True, highlight=False)
+def _study(directory: Path, about: dict[str, Any]) -> Study:
+    name = about["config"].get("experiment")
+    if name not in STUDIES:
+        raise UsageError(f"{directory} holds no run of {', '.join(STUDIES)}.")
+    return STUDIES[name]
 
 
 def _read(arguments: Sequence[str]) -> Any:
@@ -152,7 +239,13 @@ def _read(arguments: Sequence[str]) -> Any:
                 _tier, args=arguments, return_unknown_args=True, add_help=False
             )
             return tyro.extras.subcommand_cli_from_dict(
-                {"list": List, "run": _run_of(tier), "plot": Plot, "demo": Demo},
+                {
+                    "list": List,
+                    "run": _run_of(tier),
+                    "resume": Resume,
+                    "plot": Plot,
+                    "suite": Suite,
+                },
                 prog=PROG,
                 args=arguments,
                 config=(

@@ -10,11 +10,11 @@ import functools
 import hashlib
 import math
 import os
+import pickle
 import re
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -24,8 +24,7 @@ from jax.sharding import PartitionSpec as P
 
 from experiments.config import UsageError
 
-# The operating system refuses longer paths.
-PATH_BYTES = 4096
+T = TypeVar("T")
 
 
 def _coordinator() -> str | None:
@@ -114,22 +113,33 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def from_first(make: Callable[[], Path]) -> Path:
-    """Returns a path made by the first process; if it fails, the others end too."""
-    buffer = np.zeros(PATH_BYTES, np.uint8)
-    failure = None
+def from_first(make: Callable[[], T]) -> T:
+    """Returns what the first process makes; if it fails, the others end too."""
+    if jax.process_count() == 1:
+        return make()
+    payload, failure = b"", None
     if is_first():
         try:
-            name = os.fsencode(make())
-            buffer[: len(name)] = np.frombuffer(name, np.uint8)
+            payload = pickle.dumps(make())
         except (UsageError, OSError) as error:
             failure = error
-    name = multihost_utils.broadcast_one_to_all(buffer).tobytes().rstrip(b"\0")
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(payload))))
+    buffer = np.zeros(size, np.uint8)
+    if is_first():
+        buffer[:] = np.frombuffer(payload, np.uint8)
+    payload = multihost_utils.broadcast_one_to_all(buffer).tobytes()
     if failure is not None:
         raise failure
-    if not name:
+    if not payload:
         sys.exit(2)
-    return Path(os.fsdecode(name))
+    return pickle.loads(payload)
+
+
+def any_of(here: bool) -> bool:
+    """Whether something holds in any process."""
+    if jax.process_count() == 1:
+        return here
+    return bool(multihost_utils.process_allgather(np.array(here)).any())
 
 
 def agree(what: Any) -> None:

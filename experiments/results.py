@@ -3,21 +3,29 @@
 | file | what it holds |
 |---|---|
 | `config.json` | all that is needed to repeat the run, and where it ran |
+| `checkpoints/` | how far it is, until it is finished |
 | `results.jsonl` | a line per run (cliff: per arm); null: not a finite number |
 | `curves.npz` | what the figures show |
 | `*.png` | the figures |
+| `report.html` | all of it on one page |
+
+A run is finished when `results.jsonl` is there: that is written last, and as a whole.
 """
 
+import contextlib
 import dataclasses
+import io
 import itertools
 import json
 import math
 import platform
+import shlex
 import subprocess
+import typing
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import flax
 import jax
@@ -30,6 +38,8 @@ import optaxclip
 from experiments.config import Config, UsageError
 
 PACKAGES = (optaxclip, jax, jaxlib, flax, optax, np, sklearn)
+Rows = list[dict[str, Any]]
+C = TypeVar("C", bound=Config)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +53,7 @@ class Results:
     """
 
     about: dict[str, Any]
-    rows: list[dict[str, Any]]
+    rows: Rows
     curves: Mapping[str, np.ndarray]
 
 
@@ -60,27 +70,79 @@ def create(directory: Path | None, name: str) -> Path:
     return directory
 
 
-def begin(directory: Path, config: Config, facts: Mapping[str, str]) -> None:
+def begin(
+    directory: Path, config: Config, facts: Mapping[str, Any], tensorboard: bool = False
+) -> None:
     """Writes `config.json`: the config, other facts of the experiment, the machine."""
     about = {
         "config": dataclasses.asdict(config),
         **facts,
+        "command": command(config),
+        "tensorboard": tensorboard,
         "commit": _commit(),
-        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "device": device(),
         "processes": jax.process_count(),
         "python": platform.python_version(),
         "versions": {package.__name__: package.__version__ for package in PACKAGES},
     }
-    (directory / "config.json").write_text(json.dumps(about, indent=2) + "\n")
+    write(directory / "config.json", json.dumps(about, indent=2, default=str) + "\n")
 
 
-def finish(
-    directory: Path, rows: list[dict[str, Any]], curves: Mapping[str, np.ndarray]
-) -> None:
+def finish(directory: Path, rows: Rows, curves: Mapping[str, np.ndarray]) -> None:
     """Writes what came out."""
-    np.savez_compressed(directory / "curves.npz", allow_pickle=False, **curves)
+    with io.BytesIO() as buffer:
+        np.savez_compressed(buffer, allow_pickle=False, **curves)
+        write(directory / "curves.npz", buffer.getvalue())
     lines = [json.dumps(_finite(row), allow_nan=False) + "\n" for row in rows]
-    (directory / "results.jsonl").write_text("".join(lines))
+    write(directory / "results.jsonl", "".join(lines))
+
+
+def is_finished(directory: Path) -> bool:
+    """Whether a run directory has its results."""
+    return (directory / "results.jsonl").is_file()
+
+
+def device() -> str:
+    """Returns on what the runs of this process are computed."""
+    return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+
+
+def command(config: Config) -> str:
+    """Returns the command that repeats a run."""
+    words = [f"python -m experiments run {config.experiment}"]
+    for name, value in dataclasses.asdict(config).items():
+        option = f"--{name.replace('_', '-')}"
+        if name == "experiment" or value is None or value is False:
+            continue
+        values = value if isinstance(value, tuple) else (value,)
+        words += [option] if value is True else [option, *map(_word, values)]
+    return " ".join(words)
+
+
+def read_about(directory: Path) -> dict[str, Any]:
+    """Reads `config.json`."""
+    try:
+        about = json.loads((directory / "config.json").read_text())
+    except (ValueError, OSError) as error:
+        raise UsageError(f"{directory} cannot be read: {error}.") from error
+    if not isinstance(about, dict) or not isinstance(about.get("config"), dict):
+        raise UsageError(f"{directory / 'config.json'} is not that of a run.")
+    return about
+
+
+def read_config(about: dict[str, Any], kind: type[C]) -> C:
+    """Returns the config of a run, of the class that its study has."""
+    hints = typing.get_type_hints(kind)
+
+    def value(name: str, found: Any) -> Any:
+        if isinstance(found, list):
+            return tuple(found)
+        return Path(found) if found and hints.get(name) == Path | None else found
+
+    try:
+        return kind(**{key: value(key, x) for key, x in about["config"].items()})
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"the config of the run is not possible: {error}") from error
 
 
 def load(directory: Path) -> Results:
@@ -88,8 +150,8 @@ def load(directory: Path) -> Results:
     for name in ("config.json", "results.jsonl", "curves.npz"):
         if not (directory / name).is_file():
             raise UsageError(f"{directory / name} is missing: no finished run is here.")
+    about = read_about(directory)
     try:
-        about = json.loads((directory / "config.json").read_text())
         lines = (directory / "results.jsonl").read_text().splitlines()
         rows = [
             {key: math.nan if value is None else value for key, value in row.items()}
@@ -106,6 +168,22 @@ def _finite(row: dict[str, Any]) -> dict[str, Any]:
         key: None if isinstance(value, float) and not math.isfinite(value) else value
         for key, value in row.items()
     }
+
+
+def _word(value: object) -> str:
+    return shlex.quote(str(value))
+
+
+def write(path: Path, content: str | bytes) -> None:
+    """Writes a file as a whole, or not at all."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.write_bytes(content.encode() if isinstance(content, str) else content)
+        part.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise UsageError(f"{path} cannot be written: {error.strerror}.") from error
 
 
 def _commit() -> str | None:

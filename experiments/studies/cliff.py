@@ -1,21 +1,24 @@
 """The cliff: gradient descent on the error of a recurrent network of one unit.
 
-    x_0 = 0.5,  x_t = w sigmoid(x_{t-1}) + b,  E(w, b) = (sigmoid(x_50) - 0.7)^2
+    x_0 = 0.5,  x_t = w sigmoid(x_{t-1}) + b,  E(w, b) = (sigmoid(x_T) - 0.7)^2
 
 E is flat nearly everywhere and has a wall, thinner than a step, where the recurrence
 changes from one fixed point to another. A gradient met there is thousands of times the
 usual one, and the step it causes leaves for a far plain, for good. A clip by norm turns
-it into a short step in the same direction. (Pascanu, Mikolov, Bengio, On the difficulty
-of training recurrent neural networks, 2013, https://arxiv.org/abs/1211.5063, figure 6.)
+it into a short step in the same direction; a clip of the elements also turns it.
+(Pascanu, Mikolov, Bengio, On the difficulty of training recurrent neural networks,
+2013, https://arxiv.org/abs/1211.5063, figure 6, where T is 50.)
 
 Descents start on a square grid over [4, 7] x [-4, -2]. The grid is no random sample, so
-shares have no interval. Next to the wall a rounding decides where a path goes: outcomes
-are comparable across devices, single paths are not.
+shares have no interval, and a best learning rate is the best on all starts. Next to the
+wall a rounding decides where a path goes: outcomes are comparable across devices,
+single paths are not.
 """
 
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,18 +26,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
 from rich.box import SIMPLE
-from rich.progress import Progress
-from rich.table import Table
+from rich.table import Column, Table
 
 import optaxclip
-from experiments import arms, plots
+from experiments import arms, clips, outcomes, plots, train
 from experiments.clips import Clip
-from experiments.config import CliffConfig
-from experiments.results import Results
-from experiments.studies.study import Rows, Study
+from experiments.config import (
+    Config,
+    check_clips,
+    check_counts,
+    check_different,
+    check_lrs,
+    require,
+)
+from experiments.journal import Journal, Records
+from experiments.results import Results, Rows
+from experiments.studies.study import Study
 
-LENGTH = 50
 TARGET = 0.7
 # A start has reached the target with an error below this.
 REACHED = 1e-3
@@ -44,159 +56,277 @@ STARTS_W, STARTS_B = (4.0, 7.0), (-4.0, -2.0)
 # A start whose path meets the wall, and the part of the surface around it.
 PATH_START = (5.826, -3.913)
 SURFACE_W, SURFACE_B, SURFACE_POINTS = (3.8, 7.0), (-4.1, -1.9), 301
+COMPARISONS = "more starts than", "as many starts as", "fewer starts than"
+# Number of pieces after which progress is shown, and a run can be stopped.
+PIECES = 10
+TABLE_CAPTION = (
+    f"Reached: share of the starts that end with an error below {REACHED:g}. Met the "
+    f"wall: share with a gradient longer than {WALL:g} on the way; of these reached: "
+    "the share of them that reached the target all the same."
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CliffConfig(Config):
+    """Gradient descent on the error of one recurrent unit, from a grid of starts."""
+
+    lr: tuple[float, ...]
+    """Learning rates; every clip is run at each."""
+    clip: tuple[str, ...]
+    """Clips: none, NAME or NAME:ARGUMENTS, as in autoclip:10,window=500."""
+    length: tuple[int, ...] = (50,)
+    """Steps T of the recurrence; each is an experiment of its own."""
+    starts: int = 24
+    """Starts per side of the square grid."""
+    updates: int = 1000
+    """Updates from each start."""
+
+    def __post_init__(self) -> None:
+        """Refuses impossible values."""
+        check_lrs(self.lr)
+        check_clips(self.clip)
+        check_different("length", self.length)
+        for length in self.length:
+            check_counts(length=length)
+        require(self.starts >= 2, "starts", ">= 2", self.starts)
+        check_counts(updates=self.updates)
 
 
 class Point(NamedTuple):
     """Parameters: two arrays of one shape."""
 
-    w: jax.Array
-    b: jax.Array
+    w: Any
+    b: Any
 
 
 class Descent(NamedTuple):
-    """A descent in numbers, each of shape () for one start.
+    """What a descent carries from one update to the next.
 
     Attributes:
-      error: E at its end.
-      steepest: largest norm of a gradient on the way, before the clip.
+      point: where it is.
+      state: of the clip and the optimizer.
+      steepest: largest norm of a gradient so far, before the clip.
     """
 
-    error: Any
-    steepest: Any
+    point: Point
+    state: Any
+    steepest: jax.Array
 
 
-def error(point: Point) -> jax.Array:
-    """Returns E at a point."""
+class Move(NamedTuple):
+    """An update.
+
+    Attributes:
+      point: where the descent was before it.
+      kept_norm: norm of the gradient after the clip.
+      cosine: of the angle by which the clip turned the gradient.
+      clipped: whether the clip made anything smaller.
+    """
+
+    point: Point
+    kept_norm: jax.Array
+    cosine: jax.Array
+    clipped: jax.Array
+
+
+def error(length: int, point: Point) -> jax.Array:
+    """Returns E at a point, after so many steps of the recurrence."""
 
     def advance(x, _):
         return point.w * jax.nn.sigmoid(x) + point.b, None
 
-    x, _ = jax.lax.scan(advance, jnp.float32(0.5), length=LENGTH)
+    x, _ = jax.lax.scan(advance, jnp.float32(0.5), length=length)
     return (jax.nn.sigmoid(x) - TARGET) ** 2
 
 
+def begin(clip: Clip, knobs: arms.Knobs, start: Point) -> Descent:
+    """Returns the descent before its first update."""
+    return Descent(start, _transformation(clip, knobs).init(start), jnp.zeros(()))
+
+
+def step(
+    clip: Clip, length: int, knobs: arms.Knobs, descent: Descent
+) -> tuple[Descent, Move]:
+    """Makes an update against the clipped gradient."""
+    point = descent.point
+    # Forwards, along with E: there are two derivatives only, and nothing to be kept.
+    grads = jax.jacfwd(functools.partial(error, length))(point)
+    updates, state = _transformation(clip, knobs).update(grads, descent.state, point)
+    (record,) = optaxclip.records(state)
+    norm = optaxclip.norms.tree_norm(grads)
+    directions = jax.tree.map(lambda leaf: leaf / norm, grads)
+    kept = jax.tree.map(lambda leaf: -leaf / knobs.lr, updates)
+    kept_norm = optax.tree.norm(kept)
+    cosine = optax.tree.vdot(directions, kept) / kept_norm
+    clipped = record.clipped > 0
+    following = Descent(
+        jax.tree.map(jnp.add, point, updates),
+        state,
+        jnp.maximum(descent.steepest, norm),
+    )
+    return following, Move(point, kept_norm, jnp.where(clipped, cosine, 1.0), clipped)
+
+
+def _transformation(clip: Clip, knobs: arms.Knobs) -> optax.GradientTransformation:
+    return optax.chain(clip.make(knobs.threshold), optax.sgd(knobs.lr))
+
+
 def descend(
-    clip: Clip, count: int, knobs: arms.Knobs, start: Point
-) -> tuple[Descent, Point]:
-    """Follows the clipped gradient from a point.
+    clip: Clip,
+    length: int,
+    knobs: arms.Knobs,
+    starts: Point,
+    updates: int,
+    keep: Callable[[Move], dict[str, jax.Array]],
+    journal: Journal,
+    part: str,
+) -> Records:
+    """Descends from every start with arms of one kind, in a journal.
 
     Args:
       clip: the kind of clip.
-      count: number of updates.
-      knobs: learning rate and threshold.
-      start: where it begins.
+      length: steps of the recurrence.
+      knobs: learning rates and thresholds, of shape (arms,).
+      starts: where the descents begin, of shape (starts,).
+      updates: number of updates.
+      keep: returns what is recorded of an update, whose arrays have shape
+        (arms, starts), as arrays of shape (arms, ...).
+      journal: shows and keeps how far it is.
+      part: a name, different for every kind and length of a run.
 
     Returns:
-      The descent, and where it was before each update: arrays of shape (count,).
+      What is kept, of shape (arms, ..., updates); `error`, E at the end, and
+      `steepest`, (arms, starts, 1); `seconds`, (pieces,).
     """
-    transformation = optax.chain(clip.make(knobs.threshold), optax.sgd(knobs.lr))
 
-    def update(carry, _):
-        point, opt_state, steepest = carry
-        grads = jax.grad(error)(point)
-        updates, opt_state = transformation.update(grads, opt_state, point)
-        steepest = jnp.maximum(steepest, optaxclip.norms.tree_norm(grads))
-        following = jax.tree.map(jnp.add, point, updates)
-        return (following, opt_state, steepest), point
+    def advance(descents: Descent, count: int) -> tuple[Descent, Records]:
+        found = _chunk(clip, length, count, keep, knobs, descents)
+        return found[0], jax.device_get(found[1])
 
-    carry = (start, transformation.init(start), jnp.zeros(()))
-    (end, _, steepest), path = jax.lax.scan(update, carry, length=count)
-    return Descent(error(end), steepest), path
+    def end(descents: Descent) -> Records:
+        found = {
+            "error": _errors_at(length, descents.point),
+            "steepest": descents.steepest,
+        }
+        return {name: np.asarray(x)[..., None] for name, x in found.items()}
+
+    return journal.carry(
+        f"{part} {clip.name} {clip.options}",
+        lambda: (_begin(clip, knobs, starts), {}),
+        train.chunks(updates, PIECES),
+        advance,
+        end,
+        pack=jax.device_get,
+    )
 
 
-def run(config: CliffConfig, progress: Progress) -> tuple[Rows, arms.Curves]:
-    """Descends from every start with every arm."""
-    starts = _grid(STARTS_W, STARTS_B, config.starts)
+@functools.partial(jax.jit, static_argnums=0)
+def _begin(clip: Clip, knobs: arms.Knobs, starts: Point) -> Descent:
+    begin_one = functools.partial(begin, clip)
+    return jax.vmap(jax.vmap(begin_one, (None, 0)), (0, None))(knobs, starts)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _chunk(
+    clip: Clip,
+    length: int,
+    updates: int,
+    keep: Callable[[Move], dict[str, jax.Array]],
+    knobs: arms.Knobs,
+    descents: Descent,
+) -> tuple[Descent, dict[str, jax.Array]]:
+    """Makes some updates of all descents; see `descend`."""
+    step_all = jax.vmap(jax.vmap(functools.partial(step, clip, length), (None, 0)))
+
+    def body(descents, _):
+        descents, move = step_all(knobs, descents)
+        return descents, keep(move)
+
+    descents, kept = jax.lax.scan(body, descents, length=updates)
+    return descents, jax.tree.map(lambda x: jnp.moveaxis(x, 0, -1), kept)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _errors_at(length: int, points: Point) -> jax.Array:
+    """Returns E at points of shape (rows, columns)."""
+    return jax.vmap(jax.vmap(functools.partial(error, length)))(points)
+
+
+def run(config: CliffConfig, journal: Journal) -> tuple[Rows, arms.Curves]:
+    """Descends from every start with every arm, length after length."""
     grid = arms.grid(config.lr, config.clip)
-    total = config.updates * len(arms.by_kind(grid))
-    bar = progress.add_task("cliff", total=total, best="")
-    path_start = Point(*jnp.asarray(PATH_START))
+    lengths, kinds = len(config.length), len(arms.by_kind(grid))
+    journal.expect("cliff", config.updates * kinds * lengths)
+    square = plane(STARTS_W, STARTS_B, config.starts)
+    rows: Rows = []
+    curves = {"starts_w": square.w[0], "starts_b": square.b[:, 0]}
+    for length in config.length:
+        found = _run_length(config, grid, length, square, journal)
+        for i, arm in enumerate(grid):
+            errors, steepest = found["error"][i], found["steepest"][i]
+            rows.append(
+                {
+                    "experiment": "cliff",
+                    "length": length,
+                    "arm": arm.clip.spec,
+                    "lr": arm.lr,
+                    "updates": config.updates,
+                    "starts": errors.size,
+                    **metrics(errors, steepest),
+                    "seconds": float(found["seconds"][i]),
+                }
+            )
+        del found["steepest"], found["seconds"]
+        curves.update({f"{length} {name}": curve for name, curve in found.items()})
+    return rows, curves
+
+
+def _run_length(
+    config: CliffConfig,
+    grid: list[arms.Arm],
+    length: int,
+    square: Point,
+    journal: Journal,
+) -> dict[str, np.ndarray]:
+    """Descends with every arm at one length, and measures the surface."""
+    starts = Point(*(np.append(x, at) for x, at in zip(square, PATH_START)))
+    starts = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), starts)
 
     def run_kind(clip: Clip, knobs: arms.Knobs) -> arms.Curves:
-        one = functools.partial(descend, clip, config.updates)
-
-        def outcome(knobs, start):
-            return one(knobs, start)[0]
-
-        over_grid = jax.vmap(jax.vmap(outcome, (None, 0)), (None, 0))
-        found = jax.jit(jax.vmap(over_grid, (0, None)))(knobs, starts)
-        _, path = jax.jit(jax.vmap(one, (0, None)))(knobs, path_start)
-        best = f"best share {np.max(np.mean(found.error < REACHED, (1, 2))):.3f}"
-        progress.update(bar, advance=config.updates, best=best)
-        along = jax.vmap(jax.vmap(error))(path)
-        paths = {"path_w": path.w, "path_b": path.b, "path_error": along}
-        return {**found._asdict(), **paths}
-
-    curves, seconds = arms.run(grid, run_kind)
-    rows = [
-        {
-            "experiment": "cliff",
-            "arm": grid[i].clip.spec,
-            "lr": grid[i].lr,
-            "updates": config.updates,
-            "starts": config.starts**2,
-            **_metrics(curves["error"][i], curves["steepest"][i]),
-            "seconds": seconds[i],
-        }
-        for i in range(len(grid))
-    ]
-    axes = {"starts_w": starts.w[0], "starts_b": starts.b[:, 0]}
-    return rows, {**curves, **jax.device_get({**axes, **_surface()})}
-
-
-def table(rows: Rows) -> Table:
-    """Returns one line per arm."""
-    result = Table("lr", "clip", box=SIMPLE, title="cliff")
-    for name in ("starts", "reached", "met the wall", "of these reached"):
-        result.add_column(name, justify="right")
-    for row in rows:
-        result.add_row(
-            f"{row['lr']:g}",
-            row["arm"],
-            str(row["starts"]),
-            f"{row['reached']:.1%}",
-            f"{row['met_wall']:.1%}",
-            f"{row['reached_after_wall']:.1%}",
+        part = f"length {length}"
+        found = descend(
+            clip, length, knobs, starts, config.updates, _path, journal, part
         )
-    return result
+        path = Point(found["path_w"], found["path_b"])
+        # The last start is that of the path.
+        shape = len(knobs.lr), *square.w.shape
+        outcome = {
+            name: found[name][:, :-1, 0].reshape(shape)
+            for name in ("error", "steepest")
+        }
+        return {
+            **outcome,
+            "path_w": path.w,
+            "path_b": path.b,
+            "path_error": np.asarray(_errors_at(length, path)),
+            "seconds": np.full(len(knobs.lr), found["seconds"].sum() / len(knobs.lr)),
+        }
 
-
-def verdict(rows: Rows) -> list[str]:
-    """Compares the shares of starts that reach the target with those without a clip."""
-    none = {row["lr"]: row["reached"] for row in rows if row["arm"] == "none"}
-    return [
-        f"lr {row['lr']:g}: {row['arm']} reaches the target from {row['reached']:.1%} "
-        f"of the starts, without a clip {none[row['lr']]:.1%}"
-        for row in rows
-        if row["arm"] != "none" and row["lr"] in none
-    ]
-
-
-def figures(results: Results, directory: Path) -> list[Path]:
-    """Draws two paths on the surface, and from where the target is reached."""
-    return [
-        plots.cliff_paths(results, directory / "paths.png"),
-        plots.cliff_starts(results, directory / "starts.png"),
-    ]
-
-
-def _grid(w_range: tuple[float, float], b_range: tuple[float, float], n: int) -> Point:
-    """Returns points of shape (n, n): b along the first axis, w along the second."""
-    w, b = np.linspace(*w_range, n), np.linspace(*b_range, n)
-    return Point(*(jnp.asarray(axis, jnp.float32) for axis in np.meshgrid(w, b)))
-
-
-def _surface() -> dict[str, jax.Array]:
-    """Returns E around the path, of shape (b, w), and its axes."""
-    window = _grid(SURFACE_W, SURFACE_B, SURFACE_POINTS)
+    surface = plane(SURFACE_W, SURFACE_B, SURFACE_POINTS)
     return {
-        "surface": jax.jit(jax.vmap(jax.vmap(error)))(window),
-        "surface_w": window.w[0],
-        "surface_b": window.b[:, 0],
+        **arms.run(grid, run_kind),
+        "surface": np.asarray(_errors_at(length, surface)),
+        "surface_w": surface.w[0],
+        "surface_b": surface.b[:, 0],
     }
 
 
-def _metrics(error: np.ndarray, steepest: np.ndarray) -> dict[str, float]:
+def _path(move: Move) -> dict[str, jax.Array]:
+    """Keeps where the last start has led to."""
+    return {"path_w": move.point.w[:, -1], "path_b": move.point.b[:, -1]}
+
+
+def metrics(error: np.ndarray, steepest: np.ndarray) -> dict[str, float]:
     """Returns shares of the starts; a NaN has not reached the target."""
     reached, met_wall = error < REACHED, ~(steepest <= WALL)
     among = reached[met_wall]
@@ -207,22 +337,298 @@ def _metrics(error: np.ndarray, steepest: np.ndarray) -> dict[str, float]:
     }
 
 
+def plane(w_range: tuple[float, float], b_range: tuple[float, float], n: int) -> Point:
+    """Returns points of shape (n, n): b along the first axis, w along the second."""
+    w, b = np.linspace(*w_range, n), np.linspace(*b_range, n)
+    return Point(*(axis.astype(np.float32) for axis in np.meshgrid(w, b)))
+
+
+def table(rows: Rows) -> Table:
+    """Returns one line per arm of each length."""
+    result = Table(
+        *(Column(name, justify="right") for name in ("length", "lr")),
+        Column("clip", overflow="fold"),
+        *(
+            Column(name, justify="right")
+            for name in ("starts", "reached", "met the wall", "of these reached")
+        ),
+        box=SIMPLE,
+        title="cliff",
+        caption=TABLE_CAPTION,
+    )
+    for _, same in outcomes.by(rows, "length", "lr").items():
+        for row in same:
+            among = row["reached_after_wall"]
+            result.add_row(
+                str(row["length"]),
+                f"{row['lr']:g}",
+                row["arm"],
+                str(row["starts"]),
+                f"{row['reached']:.1%}",
+                f"{row['met_wall']:.1%}",
+                "-" if math.isnan(among) else f"{among:.1%}",
+                end_section=row is same[-1],
+            )
+    return result
+
+
+def verdict(rows: Rows) -> list[str]:
+    """Compares the shares of starts that reach the target with those without a clip."""
+    lines = []
+    for (length,), same in outcomes.by(rows, "length").items():
+        found = [*_best_against_best(same), *_at_each_rate(same), *_turned(same)]
+        lines += [f"length {length}, {line}" for line in found]
+    return lines
+
+
+def _best_against_best(rows: Rows) -> list[str]:
+    """Compares every clip with none, each at its best learning rate."""
+    best = {
+        arm: max(same, key=lambda row: row["reached"])
+        for (arm,), same in outcomes.by(rows, "arm").items()
+    }
+    if "none" not in best or len(rows) == len(best):
+        return []
+    none = best.pop("none")
+    return [
+        f"each at its best lr: {arm} (lr {row['lr']:g}) reaches the target from "
+        f"{_starts(row, none)} none (lr {none['lr']:g}), {row['reached']:.1%} against "
+        f"{none['reached']:.1%}"
+        for arm, row in best.items()
+    ]
+
+
+def _at_each_rate(rows: Rows) -> list[str]:
+    """Says which clips reach the target from more starts than none, and which not."""
+    lines = []
+    for (lr,), same in outcomes.by(rows, "lr").items():
+        none = _row(same, "none")
+        if none is None or len(same) == 1:
+            continue
+        line = f"lr {lr:g}: none reaches the target from {none['reached']:.1%}"
+        for comparison in COMPARISONS:
+            shares = [
+                f"{row['arm']} {row['reached']:.1%}"
+                for row in same
+                if row is not none and _starts(row, none) == comparison
+            ]
+            if shares:
+                line += f"; from {comparison} that: {', '.join(shares)}"
+        lines.append(line)
+    return lines
+
+
+def _turned(rows: Rows) -> list[str]:
+    """Compares clips of the elements and of the norm, where they differ most.
+
+    Of two numbers they leave the same, but for a factor of sqrt 2; the first also turns
+    the step.
+    """
+    lines = []
+    for threshold, (element, norm) in pairs(rows).items():
+        by_lr = outcomes.by(rows, "lr").values()
+        both = [(_row(same, element), _row(same, norm)) for same in by_lr]
+        one, other = max(both, key=lambda pair: abs(_ahead(*pair)))
+        line = (
+            f"threshold {threshold:g}, at lr {one['lr']:g}, where it matters most: "
+            "cutting the elements, which turns a step, reaches the target from "
+            f"{_starts(one, other)} cutting the norm, which does not, "
+            f"{one['reached']:.1%} against {other['reached']:.1%}"
+        )
+        none = _row([row for row in rows if row["lr"] == one["lr"]], "none")
+        if none is not None:
+            line += f", and from {_starts(one, none)} none, {none['reached']:.1%}"
+        lines.append(line)
+    return lines
+
+
+def pairs(rows: Rows) -> dict[float, tuple[str, str]]:
+    """Returns by threshold the clips of elements and of the norm that share it."""
+    found: dict[str, dict[float, str]] = {"clip": {}, "clip_by_global_norm": {}}
+    for (arm,) in outcomes.by(rows, "arm"):
+        clip = clips.parse(arm)
+        if clip.name in found:
+            found[clip.name][clip.threshold] = arm
+    norms = found["clip_by_global_norm"]
+    return {c: (arm, norms[c]) for c, arm in found["clip"].items() if c in norms}
+
+
+def _row(rows: Rows, arm: str) -> Any:
+    return next((row for row in rows if row["arm"] == arm), None)
+
+
+def _ahead(row: dict[str, Any], other: dict[str, Any]) -> float:
+    return row["reached"] - other["reached"]
+
+
+def _starts(row: dict[str, Any], other: dict[str, Any]) -> str:
+    more, as_many, fewer = COMPARISONS
+    ahead = _ahead(row, other)
+    return as_many if ahead == 0 else more if ahead > 0 else fewer
+
+
+def figures(results: Results, directory: Path) -> list[Path]:
+    """Draws all shares, some paths on the surface, and the end of every start."""
+    config = results.about["config"]
+    return [
+        _draw_shares(results, directory / "shares.png"),
+        _draw_paths(results, directory / "paths.png"),
+        *(
+            _draw_starts(results, directory / f"starts_{length}.png", length)
+            for length in config["length"]
+        ),
+    ]
+
+
+def _draw_shares(results: Results, path: Path) -> Path:
+    """Draws the shares as maps: a row per length, of all starts and at the wall."""
+    config = results.about["config"]
+    specs, rates = config["clip"][::-1], [f"{lr:g}" for lr in config["lr"]]
+    panels = {
+        "reached": "of all starts",
+        "reached_after_wall": "of those that met the wall",
+    }
+    size = 3.2 + 1.3 * len(rates), 1.2 + 0.4 * len(specs)
+    lengths = len(config["length"])
+    figure = Figure(figsize=(size[0], 0.6 + size[1] * lengths), layout="constrained")
+    axes = figure.subplots(lengths, 2, squeeze=False, sharey=True, sharex=True)
+    for row, ((length,), same) in zip(
+        axes, outcomes.by(results.rows, "length").items()
+    ):
+        for axis, (name, title) in zip(row, panels.items()):
+            shares = np.zeros((len(specs), len(rates)))
+            for each in same:
+                place = specs.index(each["arm"]), config["lr"].index(each["lr"])
+                shares[place] = each[name]
+            texts = [[_percent(share) for share in line] for line in shares]
+            colours = {"cmap": "viridis", "vmin": 0, "vmax": 1}
+            plots.heatmap(axis, shares, (specs, rates), texts, **colours)
+            axis.set_title(f"T = {length}, {title}", fontsize="medium")
+    for axis in axes[-1]:
+        axis.set_xlabel("learning rate")
+    runs = f"share that reaches the target, %; {_caption(config)}; -: none met it"
+    return plots.save(figure, path, results, runs)
+
+
+def _percent(share: float) -> str:
+    return "-" if math.isnan(share) else f"{100 * share:.0f}"
+
+
+def _draw_paths(results: Results, path: Path) -> Path:
+    """Draws the paths of all clips from one start, and the error along them."""
+    config, curves = results.about["config"], results.curves
+    lengths, lr = config["length"], _telling(results.rows)
+    size = 12.0, 0.9 + 3.8 * len(lengths)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(len(lengths), 2, squeeze=False)
+    meshes = []
+    for length, (surface, along) in zip(lengths, axes):
+        window = curves[f"{length} surface_w"], curves[f"{length} surface_b"]
+        meshes.append(_errors(surface, *window, curves[f"{length} surface"]))
+        names = "path_w", "path_b", "path_error"
+        w, b, error = (curves[f"{length} {name}"] for name in names)
+        for i, arm in enumerate(arms.grid(config["lr"], config["clip"])):
+            if arm.lr != lr:
+                continue
+            # Paths coincide at first: the one without a clip lies below, and is thick.
+            width = 3.0 if arm.clip.spec == "none" else 1.0
+            look = {**plots.style(config["clip"], arm.clip.spec), "lw": width}
+            look |= {"label": arm.clip.spec, "zorder": 4 - width}
+            surface.plot(w[i], b[i], **look)
+            along.plot(error[i], **look)
+        surface.plot(*PATH_START, "ko", mfc="white")
+        surface.set(xlim=window[0][[0, -1]], ylim=window[1][[0, -1]])
+        surface.set(title=f"T = {length}", xlabel="w", ylabel="b")
+        along.axhline(REACHED, color="0.6", lw=0.8)
+        along.set(yscale="log", xlabel="updates", ylabel="error E along the path")
+    figure.colorbar(meshes[0], ax=axes[:, 0], label="error E(w, b)", extend="min")
+    plots.legend(figure, axes[0, 1])
+    return plots.save(
+        figure,
+        path,
+        results,
+        f"{config['updates']} updates from the circle at learning rate {lr:g}, where a "
+        "clip is farthest ahead of none\n"
+        "paths may leave the window; below the line the target is reached",
+    )
+
+
+def _telling(rows: Rows) -> float:
+    """Returns the learning rate at which the best clip is farthest ahead of none."""
+
+    def ahead(lr: tuple[float]) -> float:
+        best = max(row["reached"] for row in by_lr[lr])
+        none = [row["reached"] for row in by_lr[lr] if row["arm"] == "none"]
+        return best - sum(none)
+
+    by_lr = outcomes.by(rows, "lr")
+    return max(by_lr, key=ahead)[0]
+
+
+def _draw_starts(results: Results, path: Path, length: int) -> Path:
+    """Draws the final error of every start: a row per clip, a column per rate."""
+    config, curves = results.about["config"], results.curves
+    rows, columns = len(config["clip"]), len(config["lr"])
+    size = 3.2 + 1.7 * columns, 1.3 + 1.4 * rows
+    figure = Figure(figsize=size, layout="constrained")
+    axes: Any = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    reached = [row["reached"] for row in results.rows if row["length"] == length]
+    meshes = []
+    for i, arm in enumerate(arms.grid(config["lr"], config["clip"])):
+        axis = axes[config["clip"].index(arm.clip.spec), config["lr"].index(arm.lr)]
+        place = curves["starts_w"], curves["starts_b"]
+        meshes.append(_errors(axis, *place, curves[f"{length} error"][i]))
+        axis.set_title(f"{reached[i]:.1%}", fontsize="small")
+    for lr, axis in zip(config["lr"], axes[-1]):
+        axis.set_xlabel(f"lr {lr:g}")
+    for spec, axis in zip(config["clip"], axes[:, 0]):
+        name, _, arguments = spec.partition(":")
+        axis.set_ylabel(f"{name}\n{arguments}", fontsize="x-small")
+    figure.colorbar(meshes[0], ax=axes, label="error E at the end", extend="min")
+    runs = (
+        f"T = {length}, {_caption(config)}\n"
+        "where they start: w across, b up; darkest, and the share above: the target "
+        "is reached"
+    )
+    return plots.save(figure, path, results, runs)
+
+
+def _caption(config: dict[str, Any]) -> str:
+    starts = config["starts"]
+    return f"{starts} x {starts} starts, {config['updates']} updates"
+
+
+def _errors(axis: Axes, w: np.ndarray, b: np.ndarray, error: np.ndarray) -> Any:
+    """Draws errors of shape (b, w), all on one scale: darkest is below 0.001."""
+    norm = LogNorm(REACHED, 0.5, clip=True)
+    return axis.pcolormesh(w, b, error, norm=norm, cmap="viridis", shading="nearest")
+
+
 SMOKE = CliffConfig(
     experiment="cliff", lr=(0.3,), clip=("none", "clip_by_global_norm:1.0")
+)
+STANDARD = dataclasses.replace(
+    SMOKE,
+    lr=(0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0),
+    clip=(
+        "none",
+        "clip_by_global_norm:1.0",
+        "clip_by_global_norm:0.1",
+        "clip:1.0",
+        "normalize_by_global_norm:1.0",
+        "autoclip:10,window=100",
+    ),
+    starts=100,
 )
 STUDY = Study(
     about="one recurrent unit: the surface with its wall, and who gets past it",
     tiers={
         "smoke": SMOKE,
-        "standard": dataclasses.replace(
-            SMOKE,
-            lr=(0.03, 0.1, 0.3, 1.0),
-            clip=("none", "clip_by_global_norm:1.0", "clip:1.0"),
-            starts=48,
-        ),
+        "standard": STANDARD,
+        "full": dataclasses.replace(STANDARD, length=(25, 50, 100, 200), starts=500),
     },
-    facts={
-        "error": "(sigmoid(x_50) - 0.7)^2, x_t = w sigmoid(x_{t-1}) + b, x_0 = 0.5",
+    facts=lambda config: {
+        "error": "(sigmoid(x_T) - 0.7)^2, x_t = w sigmoid(x_{t-1}) + b, x_0 = 0.5",
         "data": f"starts on a grid, w in {STARTS_W}, b in {STARTS_B}",
     },
     run=run,

@@ -14,6 +14,7 @@ which divides by the size of a gradient, makes more of it where a gradient is ne
 import dataclasses
 import functools
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,17 +25,25 @@ import numpy as np
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from matplotlib.figure import Figure
 from rich.box import SIMPLE
-from rich.progress import Progress
 from rich.table import Column, Table
 
-from experiments import arms, models, plots, train
-from experiments.config import DataParallelConfig, UsageError
-from experiments.results import Results
-from experiments.studies.study import Rows, Study
-from experiments.tasks import digits_rows
+from experiments import arms, clips, models, plots, train
+from experiments.config import (
+    Config,
+    UsageError,
+    check_clips,
+    check_counts,
+    check_lrs,
+    check_seeds,
+)
+from experiments.journal import Journal
+from experiments.results import Results, Rows
+from experiments.studies.study import Study
+from experiments.tasks import Batch, Score, image_rows
 
-# Parameters are compared, and models judged, this many times in a run.
+# Parameters are compared this many times in a run.
 CHECKPOINTS = 10
 # The numbers of devices which parameters are split over.
 MODEL = 1, 2, 4
@@ -48,26 +57,57 @@ TABLE_CAPTION = (
     "difference from one device as a share of it. After these updates: largest "
     "difference of a parameter from that on one device, and how far one moved. "
     "Accuracy and loss: on the test images at the end. "
-    "Updates/s: with judging, without compilation; virtual CPU devices share the same "
+    "Updates/s: without compilation; virtual CPU devices share the same "
     "cores, so theirs say nothing about real ones."
 )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataParallelConfig(Config):
+    """Training of one larger LSTM on many devices at once, compared with one device."""
+
+    hidden: int
+    """Units of the LSTM."""
+    lr: tuple[float, ...]
+    """Learning rates of Adam; every clip is run at each."""
+    clip: tuple[str, ...]
+    """Clips: none, NAME or NAME:ARGUMENTS, as in autoclip:10,window=500."""
+    batch: int
+    """Images per update, drawn with replacement and shared out to the devices."""
+    seed: int = 0
+    """It decides initial values and batches."""
+    updates: int = 100
+    """Updates of each run."""
+
+    def __post_init__(self) -> None:
+        """Refuses impossible values."""
+        check_lrs(self.lr)
+        check_clips(self.clip)
+        check_seeds(self.seed)
+        check_counts(hidden=self.hidden, updates=self.updates, batch=self.batch)
 
 
 @flax.struct.dataclass
 class SplitBatches:
     """A task whose batches are split over the axis "data" of a mesh."""
 
-    task: digits_rows.DigitsRows
+    task: image_rows.ImageRows
     mesh: Mesh = flax.struct.field(pytree_node=False)
 
-    def sample(self, key: jax.Array, batch: int) -> tuple[jax.Array, jax.Array]:
+    def sample(self, key: jax.Array, batch: int) -> Batch:
         """Draws training images, the same ones on every mesh."""
         split = NamedSharding(self.mesh, P("data"))
-        return jax.lax.with_sharding_constraint(self.task.sample(key, batch), split)
+        x_BxTxF, at, label_B = self.task.sample(key, batch)
+        x_BxTxF, label_B = jax.lax.with_sharding_constraint((x_BxTxF, label_B), split)
+        return Batch(x_BxTxF, at, label_B)
 
-    def test(self) -> tuple[jax.Array, jax.Array]:
-        """Returns all test images and labels."""
-        return self.task.test()
+    def score(self, y_BxC: jax.Array, label_B: jax.Array) -> Score:
+        """Compares logits with labels."""
+        return self.task.score(y_BxC, label_B)
+
+    def judge(self, answer: Callable, key: jax.Array) -> Score:
+        """Puts all test images to a model."""
+        return self.task.judge(answer, key)
 
 
 class Trained(NamedTuple):
@@ -78,7 +118,7 @@ class Trained(NamedTuple):
       score: after the last update.
       params: NumPy arrays, before the first update and after each piece.
       share: of the bytes of parameters and optimizer state, those on one device.
-      rate: updates per second, judging included and compilation not.
+      rate: updates per second, compilation not included.
     """
 
     log: train.Log
@@ -123,7 +163,7 @@ def _mesh(shape: tuple[int, int], devices: list[Any]) -> Mesh:
 
 def layout(
     mesh: Mesh, setup: train.Setup, knobs: arms.Knobs, state: train.State
-) -> Any:
+) -> train.State:
     """Returns the sharding of every array of a state.
 
     What an optimizer remembers of every element of a parameter lies where that does.
@@ -138,19 +178,21 @@ def layout(
         return NamedSharding(mesh, P(*[None] * longest, "model"))
 
     opt_state = optax.tree.map_params(
-        setup.transformation(knobs),
+        train.OPTIMIZERS[setup.optimizer](knobs.lr),
         lambda leaf, param: split(param) if leaf.shape == param.shape else whole,
         state.opt_state,
         state.params,
         transform_non_params=lambda _: whole,
     )
     params = jax.tree.map(split, state.params)
-    return state._replace(params=params, opt_state=opt_state, key=whole, step=whole)
+    everywhere = jax.tree.map(lambda _: whole, state)
+    return everywhere._replace(params=params, opt_state=opt_state)
 
 
 def train_on(
     mesh: Mesh,
     setup: train.Setup,
+    clip: clips.Clip,
     knobs: arms.Knobs,
     start: train.Start,
     task: SplitBatches,
@@ -161,20 +203,21 @@ def train_on(
     Args:
       mesh: devices along the axes "data" and "model".
       setup: what is fixed.
+      clip: the clip.
       knobs: learning rate and threshold, of shape ().
       start: where the run begins.
       task: where batches and test examples come from.
-      pieces: numbers of updates, after each of which the model is judged.
+      pieces: numbers of updates, after each of which the parameters are kept.
     """
     whole = NamedSharding(mesh, P())
-    begin = functools.partial(train.begin, setup)
+    begin = functools.partial(train.begin, setup, clip)
     places = layout(mesh, setup, knobs, jax.eval_shape(begin, knobs, start))
     state = jax.jit(begin, out_shardings=places)(knobs, start)
     gather = jax.jit(lambda tree: tree, out_shardings=whole)
     programs = {
         n: jax.jit(
-            functools.partial(train.run_chunk, setup, n),
-            out_shardings=(places, whole, whole),
+            functools.partial(train.run_chunk, setup, clip, n),
+            out_shardings=(places, whole),
             donate_argnums=2,
         )
         .lower(task, knobs, state)
@@ -182,18 +225,17 @@ def train_on(
         for n in set(pieces)
     }
     share = _share_of_a_device(state)
-    params, found, seconds = [jax.device_get(gather(state.params))], [], 0.0
+    params, logs, seconds = [jax.device_get(gather(state.params))], [], 0.0
     for updates in pieces:
         began = time.perf_counter()
-        state, *log_and_score = jax.block_until_ready(
-            programs[updates](task, knobs, state)
-        )
+        state, log = jax.block_until_ready(programs[updates](task, knobs, state))
         seconds += time.perf_counter() - began
         params.append(jax.device_get(gather(state.params)))
-        found.append(jax.device_get(log_and_score))
-    logs, scores = zip(*found, strict=True)
+        logs.append(jax.device_get(log))
     log = jax.tree.map(lambda *parts: np.concatenate(parts), *logs)
-    return Trained(log, scores[-1], params, share, sum(pieces) / seconds)
+    judge = jax.jit(functools.partial(train.judge, setup.model))
+    score = jax.device_get(judge(task, state))
+    return Trained(log, score, params, share, sum(pieces) / seconds)
 
 
 def _share_of_a_device(state: train.State) -> float:
@@ -202,24 +244,23 @@ def _share_of_a_device(state: train.State) -> float:
     return here / sum(leaf.nbytes for leaf in leaves)
 
 
-def run(config: DataParallelConfig, progress: Progress) -> tuple[Rows, arms.Curves]:
+def run(config: DataParallelConfig, journal: Journal) -> tuple[Rows, arms.Curves]:
     """Trains all arms on all meshes."""
-    task = digits_rows.load()
-    model = models.RowClassifier("lstm", config.hidden, task.classes)
-    start = jax.jit(functools.partial(train.init, model))(config.seed, task)
+    task = image_rows.load(None)
+    model = models.Recurrent("lstm", config.hidden, task.outputs)
+    start = jax.jit(functools.partial(train.init, model))(task, config.seed)
+    setup = train.Setup(model, "adam", config.batch, log="updates")
     pieces = train.chunks(config.updates, CHECKPOINTS)
     grid, places = arms.grid(config.lr, config.clip), meshes(config)
-    total = len(grid) * len(places) * config.updates
-    bar = progress.add_task(config.experiment, total=total, best="")
+    journal.expect(config.experiment, len(grid) * len(places) * config.updates)
     rows, losses, differences = [], [], []
     for arm in grid:
-        setup = train.Setup(model, arm.clip, "adam", config.batch, check=False)
         knobs = arms.Knobs(jnp.float32(arm.lr), jnp.float32(arm.clip.threshold))
         alone = None
         for mesh in places:
             began = time.perf_counter()
             split = SplitBatches(task, mesh)
-            trained = train_on(mesh, setup, knobs, start, split, pieces)
+            trained = train_on(mesh, setup, arm.clip, knobs, start, split, pieces)
             alone = alone or trained
             apart = list(map(_difference, trained.params, alone.params))
             factors = trained.log.scale[: pieces[0]]
@@ -234,7 +275,7 @@ def run(config: DataParallelConfig, progress: Progress) -> tuple[Rows, arms.Curv
                     "seed": config.seed,
                     "updates": config.updates,
                     "mesh": "x".join(map(str, mesh.devices.shape)),
-                    "test_accuracy": float(trained.score.accuracy),
+                    "test_accuracy": 1 - float(trained.score.error),
                     "test_loss": float(trained.score.loss),
                     "first_grad_norm": float(trained.log.grad_norm[0]),
                     "compared": pieces[0],
@@ -249,7 +290,7 @@ def run(config: DataParallelConfig, progress: Progress) -> tuple[Rows, arms.Curv
                     "seconds": time.perf_counter() - began,
                 }
             )
-            progress.update(bar, advance=config.updates)
+            journal.advance(config.updates)
     shape = len(grid), len(places), -1
     curves = {
         "loss": np.reshape(losses, shape),
@@ -330,7 +371,38 @@ def verdict(rows: Rows) -> list[str]:
 
 def figures(results: Results, directory: Path) -> list[Path]:
     """Draws the losses on all meshes, and how far parameters are apart."""
-    return [plots.meshes(results, directory / "meshes.png")]
+    return [_draw(results, directory / "meshes.png")]
+
+
+def _draw(results: Results, path: Path) -> Path:
+    """Draws losses and differences of parameters on all meshes, a column per arm."""
+    config, curves = results.about["config"], results.curves
+    grid = arms.grid(config["lr"], config["clip"])
+    figure = Figure(figsize=(2.8 + 4.0 * len(grid), 6.0), layout="constrained")
+    axes = figure.subplots(2, len(grid), sharex=True, sharey="row", squeeze=False)
+    names = list(dict.fromkeys(row["mesh"] for row in results.rows))
+    for i, (arm, (loss, apart)) in enumerate(zip(grid, axes.T, strict=True)):
+        loss.set_title(f"{arm.clip.spec}, lr {arm.lr:g}", fontsize="medium")
+        for j, name in enumerate(names):
+            # All lines coincide: those below are thicker.
+            width = 1.0 + 1.5 * (len(names) - 1 - j)
+            style = {"color": plots.COLOURS[j % len(plots.COLOURS)], "label": name}
+            loss.plot(curves["loss"][i, j], lw=width, **style)
+            apart.plot(curves["judged"], curves["difference"][i, j], "o-", **style)
+        loss.set_yscale("log")
+        apart.set_yscale("symlog", linthresh=1e-7)
+        apart.set(xlabel="updates")
+    axes[0, 0].set_ylabel("training loss [nats]")
+    axes[1, 0].set_ylabel("largest difference of a parameter\nfrom that on one device")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", title="mesh")
+    return plots.save(
+        figure,
+        path,
+        results,
+        f"LSTM with {config['hidden']} units, adam, {config['updates']} updates of "
+        f"{config['batch']} images; mesh: {results.about['mesh']}",
+    )
 
 
 def _difference(params: Any, others: Any) -> float:
@@ -352,17 +424,19 @@ SMOKE = DataParallelConfig(
     clip=("clip_by_global_norm:0.3", "autoclip", "adaptive_grad_clip:0.01"),
     batch=48,
 )
+STANDARD = dataclasses.replace(SMOKE, hidden=384, batch=96, updates=200)
 STUDY = Study(
     about="a larger LSTM, batch and parameters split over devices: same as on one",
     tiers={
         "smoke": SMOKE,
-        "standard": dataclasses.replace(
-            SMOKE, hidden=768, lr=(0.001,), batch=192, updates=500
+        "standard": STANDARD,
+        "full": dataclasses.replace(
+            STANDARD, hidden=4096, lr=(0.0003,), batch=1536, updates=1000
         ),
     },
-    facts={
-        "data": digits_rows.ABOUT,
-        "initial_values": models.INIT,
+    facts=lambda config: {
+        "data": image_rows.about(None),
+        "initial_values": models.INITS["flax"],
         "mesh": "devices that share a batch x devices that share the parameters",
     },
     run=run,

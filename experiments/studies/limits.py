@@ -32,15 +32,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from rich.box import SIMPLE
-from rich.progress import Progress
 from rich.table import Column, Table
 
 import optaxclip
 from experiments import arms, clips, plots
-from experiments.config import LimitsConfig
-from experiments.results import Results
-from experiments.studies.study import Rows, Study
+from experiments.config import Config, check_clips, check_seeds, require
+from experiments.journal import Journal
+from experiments.results import Results, Rows
+from experiments.studies.study import Study
 
 # Of the logarithm of the calm norms: its standard deviation, and how far its mean falls
 # from the first update to the last, from above 0 to below.
@@ -52,6 +54,11 @@ BURST_UPDATES = 5
 # A limit is back when it is within this share of the limit of the calm norms, and has
 # followed the rise when it is half way up, so many times that limit.
 NEAR, FOLLOWED = 0.1, (1 + RISE) / 2
+# Of the palette of Okabe and Ito, for all kinds of colour vision.
+LIMIT, CLIPPED, EVENT = "#0072B2", "#D55E00", "#F0E44280"
+NORM, LASTING = "0.7", "0.94"
+# Panels side by side in a figure that has a panel per clip.
+PANELS = 4
 TABLE_CAPTION = (
     "Clipped: share of the updates before the spike. Spike: what becomes of it, in "
     "medians of the norms before. Back: updates after the spike and after the burst "
@@ -60,6 +67,24 @@ TABLE_CAPTION = (
     "the next event or the end, or raised so before the rise. State: numbers "
     "remembered per norm. Warm-up: updates without a limit."
 )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LimitsConfig(Config):
+    """Norms that are fed to clips, whose limits are compared; nothing is trained."""
+
+    clip: tuple[str, ...]
+    """Clips: none, NAME or NAME:ARGUMENTS, as in autoclip:10,window=500."""
+    seed: int = 0
+    """Seed of the norms; every clip sees the same ones."""
+    updates: int = 400
+    """Number of norms; what happens to them happens at fixed shares of it."""
+
+    def __post_init__(self) -> None:
+        """Refuses impossible values."""
+        check_clips(self.clip)
+        check_seeds(self.seed)
+        require(self.updates >= 100, "updates", ">= 100", self.updates)
 
 
 class Events(NamedTuple):
@@ -121,9 +146,9 @@ def feed(clip: clips.Clip, norms: jax.Array) -> Trace:
     return jax.lax.scan(update, transformation.init(params), norms)[1]
 
 
-def run(config: LimitsConfig, progress: Progress) -> tuple[Rows, arms.Curves]:
+def run(config: LimitsConfig, journal: Journal) -> tuple[Rows, arms.Curves]:
     """Feeds the norms to every clip."""
-    bar = progress.add_task("limits", total=len(config.clip), best="")
+    journal.expect("limits", len(config.clip))
     both = jnp.stack(norms(jax.random.key(config.seed), config.updates))
     traces, rows = [], []
     for clip in map(clips.parse, config.clip):
@@ -141,7 +166,7 @@ def run(config: LimitsConfig, progress: Progress) -> tuple[Rows, arms.Curves]:
                 "seconds": time.perf_counter() - began,
             }
         )
-        progress.update(bar, advance=1)
+        journal.advance(1)
     found = jax.tree.map(lambda *curves: np.stack(curves), *traces)
     curves = {
         "norm": np.asarray(both[0]),
@@ -208,7 +233,86 @@ def verdict(rows: Rows) -> list[str]:
 
 def figures(results: Results, directory: Path) -> list[Path]:
     """Draws the limit of every clip over the norms."""
-    return [plots.limits(results, directory / "limits.png")]
+    return [_draw(results, directory / "limits.png")]
+
+
+def _draw(results: Results, path: Path) -> Path:
+    """Draws the limit of every clip over the norms it was given, a panel per clip."""
+    curves, rows = results.curves, results.rows
+    figure, axes = _panels(len(rows))
+    for i, axis in enumerate(axes):
+        _mark_events(axis, results)
+        _limit(axis, curves["norm"], curves["limit"][i], curves["clipped"][i])
+        name, _, arguments = rows[i]["arm"].partition(":")
+        axis.set_title(f"{name}\n{arguments.replace(',', ', ')}", fontsize="medium")
+        place = {"transform": axis.transAxes, "ha": "right", "fontsize": "small"}
+        axis.text(0.98, 0.03, _what_happened(rows[i]), **place)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper right", ncols=3, markerscale=3)
+    return plots.save(
+        figure,
+        path,
+        results,
+        f"the same {len(curves['norm'])} norms for every clip, "
+        f"{results.about['data']}\nmedian: of the norms before the spike; followed: "
+        f"{results.about['followed']}; no line: no limit yet",
+    )
+
+
+def _panels(count: int) -> tuple[Figure, list[Axes]]:
+    """Makes a figure of panels with shared axes."""
+    columns = min(count, PANELS)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(11, 2.4 * rows + 1.2), layout="constrained")
+    axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    axes[0, 0].set_yscale("log")
+    axes[0, 0].margins(y=0.15)
+    axes[0, 0].yaxis.set_major_formatter("{x:g}")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("norm")
+    for place, axis in enumerate(axes.flat):
+        if place >= count:
+            axis.set_axis_off()
+        elif place + columns >= count:
+            axis.set_xlabel("updates")
+            axis.xaxis.set_tick_params(labelbottom=True)
+    return figure, list(axes.flat[:count])
+
+
+def _mark_events(axis: Axes, results: Results) -> None:
+    """Shades when something happens to the norms, and says what."""
+    width = len(results.curves["norm"]) / 160
+    axis.set_xlim(-width, len(results.curves["norm"]) - 1 + width)
+    for name in ("spike", "burst", "nan", "rise"):
+        first, last = results.curves[name]
+        colour = LASTING if name == "rise" else EVENT
+        axis.axvspan(first - width, last + width, color=colour, lw=0)
+        axis.text(
+            (first + last) / 2,
+            0.97,
+            results.about[name].replace(" at ", " at\n"),
+            transform=axis.get_xaxis_transform(),
+            ha="center",
+            va="top",
+            fontsize="small",
+        )
+
+
+def _limit(
+    axis: Axes, norm: np.ndarray, limit: np.ndarray, clipped: np.ndarray
+) -> None:
+    """Draws a limit over norms, all of shape (updates,)."""
+    axis.plot(norm, color=NORM, lw=0.7, label="norm")
+    dots = {"color": CLIPPED, "ls": "", "marker": ".", "ms": 2.5}
+    axis.plot(np.where(clipped, norm, np.nan), label="norm, clipped", **dots)
+    axis.plot(limit, color=LIMIT, lw=1.6, label="limit")
+
+
+def _what_happened(row: dict[str, Any]) -> str:
+    """Says what became of the spike and of the rise."""
+    follows = row["follows"]
+    rise = "not followed" if np.isnan(follows) else f"followed after {follows:.0f}"
+    return f"spike becomes {row['spike_kept']:.2f} medians\nrise {rise}"
 
 
 def _metrics(norm: np.ndarray, trace: Trace) -> dict[str, float]:
@@ -263,19 +367,19 @@ SMOKE = LimitsConfig(
         "quantile_clip:quantile=0.5,rate=0.2",
     ),
 )
+STANDARD = dataclasses.replace(
+    SMOKE,
+    clip=tuple(spec.replace("window=100", "window=1000") for spec in SMOKE.clip),
+    updates=4000,
+)
 STUDY = Study(
     about="learned limits: what spikes, NaN and a lasting rise of the norms do to them",
     tiers={
         "smoke": SMOKE,
-        "standard": dataclasses.replace(
-            SMOKE,
-            clip=tuple(
-                spec.replace("window=100", "window=1000") for spec in SMOKE.clip
-            ),
-            updates=4000,
-        ),
+        "standard": STANDARD,
+        "full": dataclasses.replace(STANDARD, updates=40_000),
     },
-    facts={
+    facts=lambda config: {
         "data": f"lognormal, standard deviation {DEVIATION:g} of the logarithm, whose "
         f"mean falls by {FALL:g}",
         "spike": f"x {SPIKE:g}",

@@ -5,14 +5,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.progress import Progress
 from rich.table import Table
 
 from experiments.arms import Curves
 from experiments.config import Config, Tier
-from experiments.results import Results
-
-Rows = list[dict[str, Any]]
+from experiments.journal import Journal
+from experiments.results import Results, Rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,8 +20,10 @@ class Study:
     Attributes:
       about: one line for the list.
       tiers: its configs by name of the tier.
-      facts: what else one needs to know to repeat it, for `config.json`.
-      run: computes rows and curves from a config, and shows how far it is.
+      facts: what else one needs to know to repeat a config, for `config.json`; it also
+        reads the data, and so refuses what cannot be read before anything is made.
+      run: computes rows and curves from a config, and shows and keeps in the journal
+        how far it is.
       table: what is printed, from the rows.
       verdict: what the numbers say, one sentence per line.
       figures: draws the results into a directory and returns the files.
@@ -31,8 +31,8 @@ class Study:
 
     about: str
     tiers: Mapping[Tier, Config]
-    facts: Mapping[str, str]
-    run: Callable[[Any, Progress], tuple[Rows, Curves]]
+    facts: Callable[[Any], Mapping[str, Any]]
+    run: Callable[[Any, Journal], tuple[Rows, Curves]]
     table: Callable[[Rows], Table]
     verdict: Callable[[Rows], list[str]]
     figures: Callable[[Results, Path], list[Path]]

@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 
@@ -5,24 +7,20 @@ from experiments import cli
 from experiments.cli import main
 from experiments.studies import STUDIES
 
+NAMES = ", ".join(STUDIES)
+
 
 def run_rows(*options):
-    return ["run", "rnn_rows", *options]
+    return ["run", "image_rows", *options]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "Expected one of {list, run, plot, demo}."),
+        ([], "Expected one of {list, run, resume, plot, suite}."),
         (["resum"], "Unrecognized options: resum"),
-        (
-            ["run"],
-            "Expected one of {rnn_rows, lstm_rows, cliff, limits, data_parallel}.",
-        ),
-        (
-            ["run", "nothing"],
-            "Available subcommands: rnn_rows, lstm_rows, cliff, limits, data_parallel",
-        ),
+        (["run"], f"Expected one of {{{NAMES}}}."),
+        (["run", "nothing"], f"Available subcommands: {NAMES}"),
         (run_rows("--bogus", "3"), "Unrecognized options: --bogus"),
         (["run", "cliff", "--seeds", "3"], "--seeds"),
         (run_rows("--tier", "huge"), "invalid choice 'huge'"),
@@ -49,30 +47,42 @@ def run_rows(*options):
         (["run", "limits", "--clip", "zclip", "zclip"], "different values"),
         (["run", "limits", "--lr", "1"], "--lr"),
         (["run", "limits", "--devices", "0"], ": devices must be >= 1, got devices=0."),
-        (["demo", "--devices", "-1"], ": devices must be >= 1, got devices=-1."),
-        (["demo", "--devices", "many"], "--devices"),
-        (["demo", "--processes", "0"], "processes must be >= 1, got processes=0."),
-        (["demo", "--coordinator", "here"], "HOST:PORT, got coordinator=here."),
+        (["suite", "--devices", "-1"], ": devices must be >= 1, got devices=-1."),
+        (["suite", "--devices", "many"], "--devices"),
+        (["suite", "--processes", "0"], "processes must be >= 1, got processes=0."),
+        (["suite", "--coordinator", "here"], "HOST:PORT, got coordinator=here."),
         (
-            ["demo", "--processes", "2", "--process-id", "2"],
+            ["suite", "--processes", "2", "--process-id", "2"],
             "less than processes, got process_id=2, processes=2.",
         ),
-        (["demo", "--process-id", "-1"], "process_id must be >= 0"),
-        (["demo", "--processes", "2", "--process-id", "1"], "pass --coordinator,"),
-        (["demo", "--coordinator", "127.0.0.1:80"], "--process-id, got"),
+        (["suite", "--process-id", "-1"], "process_id must be >= 0"),
+        (["suite", "--processes", "2", "--process-id", "1"], "pass --coordinator,"),
+        (["suite", "--coordinator", "127.0.0.1:80"], "--process-id, got"),
         (["list", "--devices", "2"], "misplaced options: --devices"),
         (["plot"], "directory"),
         (["plot", "nowhere"], "nowhere holds no run: there is no config.json."),
         (["plot", "unfinished"], "results.jsonl is missing"),
+        (["plot", "corrupt"], "corrupt cannot be read"),
         (["plot", "broken"], "broken cannot be read"),
-        (
-            ["plot", "foreign"],
-            "foreign holds no run of rnn_rows, lstm_rows, cliff, limits, data_par",
-        ),
+        (["plot", "foreign"], f"foreign holds no run of {NAMES}"),
+        (["resume"], "directory"),
+        (["resume", "nowhere"], "nowhere holds no run: there is no config.json."),
+        (["resume", "empty"], "empty holds no run: there is no config.json."),
+        (["resume", "corrupt"], "corrupt cannot be read"),
+        (["resume", "unfinished"], f"unfinished holds no run of {NAMES}"),
+        (["resume", "other"], "the config of the run is not possible:"),
+        (["resume", "elsewhere"], "elsewhere was begun on 3 x abacus, and here is"),
+        (["suite", "nothing"], f"names must be of {NAMES}, got names=nothing."),
+        (["suite", "cliff", "cliff"], "names must be one or more different values"),
+        (["run", "temporal_order", "--length", "9"], "length of torder must be >= 10"),
+        (["run", "temporal_order", "--task", "chess"], "task must be of torder,"),
+        (["run", "music", "--data", "file"], "file "),
+        (["run", "char_lm", "--data", "nowhere"], "nowhere cannot be read: No such"),
+        (["run", "image_rows", "--data", "empty"], "is missing, with and without .gz"),
         (["run", "cliff", "--out", "unfinished"], "unfinished is not empty."),
         (["run", "cliff", "--out", "file"], "file is not a directory."),
         (["run", "cliff", "--out", "file/below"], "file/below: Not a directory."),
-        (["demo", "--out", "unfinished"], "unfinished is not empty."),
+        (["suite", "--out", "unfinished"], "unfinished is not empty."),
     ],
 )
 def test_what_cannot_be_done_ends_with_one_line_and_code_2(
@@ -80,9 +90,20 @@ def test_what_cannot_be_done_ends_with_one_line_and_code_2(
 ):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
-    for name in ("unfinished", "broken", "foreign"):
+    (tmp_path / "empty").mkdir()
+    cliff = {"experiment": "cliff", "lr": [0.3], "clip": ["none"]}
+    configs = {
+        "unfinished": {"config": {}},
+        "broken": {"config": {}},
+        "foreign": {"config": {}},
+        "corrupt": None,
+        "other": {"config": cliff | {"length": 3}},
+        "elsewhere": {"config": cliff, "device": "3 x abacus", "command": "run it"},
+    }
+    for name, about in configs.items():
         (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text("{}")
+        text = "{" if about is None else json.dumps(about)
+        (tmp_path / name / "config.json").write_text(text)
     for name in ("broken", "foreign"):
         (tmp_path / name / "results.jsonl").write_text("")
     (tmp_path / "broken" / "curves.npz").write_text("")
@@ -107,36 +128,67 @@ def test_list_names_every_experiment(capsys):
 
 def test_help_of_an_experiment_shows_the_defaults_of_the_tier(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    for tier, rates in {
-        "smoke": "(default: 1.0)",
-        "standard": "0.1 0.3 1.0 3.0",
-    }.items():
+    for tier, seeds in {"smoke": "(default: 8)", "standard": "(default: 10)"}.items():
         with pytest.raises(SystemExit) as stopped:
-            main(["run", "rnn_rows", "--tier", tier, "--help"])
+            main(["run", "temporal_order", "--tier", tier, "--help"])
         assert stopped.value.code == 0
-        assert rates in capsys.readouterr().out
+        assert seeds in capsys.readouterr().out
 
 
 @pytest.fixture
-def configs(monkeypatch):
-    """Collects what would run, and where."""
+def worked(monkeypatch):
+    """Collects what would run, and where, and at the end of which command."""
     found = []
-    monkeypatch.setattr(cli, "run", lambda *arguments: found.append(arguments[:2]))
+    monkeypatch.setattr(cli, "work", lambda *arguments: found.append(arguments))
     return found
 
 
-def test_options_change_single_fields_of_the_tier(configs, tmp_path):
+def test_options_change_single_fields_of_the_tier(worked, tmp_path):
     main(run_rows("--tier", "standard", "--lr", "0.5", "2", "--out", str(tmp_path)))
-    ((config, directory),) = configs
-    standard = STUDIES["rnn_rows"].tiers["standard"]
+    ((directory, config, *_),) = worked
+    standard = STUDIES["image_rows"].tiers["standard"]
     assert config.lr == (0.5, 2.0)
     assert (config.clip, config.seeds) == (standard.clip, standard.seeds)
     assert directory == tmp_path
 
 
-def test_demo_runs_every_experiment_in_a_directory_of_its_own(configs, tmp_path):
-    main(["demo", "--out", str(tmp_path / "all")])
-    assert [path for _, path in configs] == [tmp_path / "all" / n for n in STUDIES]
-    assert [config for config, _ in configs] == [
-        study.tiers["smoke"] for study in STUDIES.values()
-    ]
+def test_every_experiment_has_all_tiers():
+    for name, study in STUDIES.items():
+        assert list(study.tiers) == ["smoke", "standard", "full"]
+        assert {config.experiment for config in study.tiers.values()} == {name}
+
+
+@pytest.mark.parametrize("names", [list(STUDIES), ["limits", "cliff"]])
+def test_suite_runs_experiments_in_directories_of_their_own(worked, tmp_path, names):
+    chosen = [] if names == list(STUDIES) else names
+    main(["suite", *chosen, "--out", str(tmp_path / "all")])
+    assert [path for path, *_ in worked] == [tmp_path / "all" / n for n in names]
+    smoke = [STUDIES[name].tiers["smoke"] for name in names]
+    assert [config for _, config, *_ in worked] == smoke
+    # All of it is stored before the first begins, so that it can be resumed as a whole.
+    worked.clear()
+    main(["resume", str(tmp_path / "all")])
+    assert {config.experiment: config for _, config, *_ in worked} == {
+        config.experiment: config for config in smoke
+    }
+
+
+def test_resume_leaves_what_is_finished_alone(worked, tmp_path, capsys):
+    main(["suite", "limits", "cliff", "--out", str(tmp_path)])
+    (tmp_path / "cliff" / "results.jsonl").write_text("")
+    worked.clear()
+    main(["resume", str(tmp_path)])
+    assert [path for path, *_ in worked] == [tmp_path / "limits"]
+    assert "cliff is finished" in capsys.readouterr().out
+
+
+def test_the_stored_command_repeats_the_run(worked, tmp_path):
+    options = ["--lr", "0.5", "2.25", "--clip", "none", "autoclip:10,window=5", "--check"]
+    main(run_rows(*options, "--out", str(tmp_path / "one")))
+    about = json.loads((tmp_path / "one" / "config.json").read_text())
+    words = about["command"].split()
+    assert words[:3] == ["python", "-m", "experiments"]
+    main([*words[3:], "--out", str(tmp_path / "two")])
+    (_, config, *_), (_, again, *_) = worked
+    assert config == again
+    assert config.clip == ("none", "autoclip:10,window=5")

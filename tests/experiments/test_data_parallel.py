@@ -9,9 +9,9 @@ from jax.sharding import PartitionSpec as P
 from experiments import clips, train
 from experiments.arms import Knobs
 from experiments.config import UsageError
-from experiments.models import RowClassifier
+from experiments.models import Recurrent
 from experiments.studies import data_parallel
-from experiments.tasks import digits_rows
+from experiments.tasks import image_rows
 
 CONFIG = data_parallel.SMOKE
 
@@ -40,22 +40,23 @@ def test_a_batch_that_devices_cannot_share_is_refused():
 @pytest.mark.parametrize("spec", CONFIG.clip)
 def test_batch_parameters_and_optimizer_state_are_split(spec):
     *_, mesh = data_parallel.meshes(CONFIG)
-    task = data_parallel.SplitBatches(digits_rows.load(), mesh)
-    x_BxTxF, label_B = jax.jit(task.sample, static_argnums=1)(jax.random.key(0), 48)
+    task = data_parallel.SplitBatches(image_rows.load(None), mesh)
+    x_BxTxF, _, label_B = jax.jit(task.sample, static_argnums=1)(jax.random.key(0), 48)
     assert {shard.data.shape for shard in x_BxTxF.addressable_shards} == {(24, 8, 8)}
     assert {shard.data.shape for shard in label_B.addressable_shards} == {(24,)}
 
-    model = RowClassifier("lstm", CONFIG.hidden, task.task.classes)
-    setup = train.Setup(model, clips.parse(spec), "adam", 48, check=False)
-    knobs = Knobs(jnp.float32(0.1), jnp.float32(setup.clip.threshold))
-    start = jax.eval_shape(functools.partial(train.init, model), 0, task)
-    state = jax.eval_shape(functools.partial(train.begin, setup), knobs, start)
+    model = Recurrent("lstm", CONFIG.hidden, task.task.outputs)
+    setup, clip = train.Setup(model, "adam", 48), clips.parse(spec)
+    knobs = Knobs(jnp.float32(0.1), jnp.float32(clip.threshold))
+    start = jax.eval_shape(functools.partial(train.init, model, task), 0)
+    begin = functools.partial(train.begin, setup, clip)
+    state = jax.eval_shape(begin, knobs, start)
     places = data_parallel.layout(mesh, setup, knobs, state)
     specs = {place.spec for place in jax.tree.leaves(places.params)}
     assert specs == {P("model"), P(None, "model"), P()}
-    record, (adam, _) = places.opt_state
+    adam, _ = places.opt_state
     assert adam.mu == adam.nu == places.params
-    assert {place.spec for place in jax.tree.leaves(record)} == {P()}
+    assert {place.spec for place in jax.tree.leaves(places.clip_state)} == {P()}
 
 
 def row(mesh, **changed):

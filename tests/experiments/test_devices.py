@@ -56,7 +56,7 @@ def free_port():
         return found.getsockname()[1]
 
 
-TINY = "run rnn_rows --hidden 4 --seeds 3 --updates 2 --clip none".split()
+TINY = "run image_rows --hidden 4 --seeds 3 --updates 2 --lr 1 --clip none".split()
 
 
 def test_two_processes_give_the_results_of_one_with_as_many_devices(tmp_path):
@@ -78,7 +78,7 @@ def test_two_processes_give_the_results_of_one_with_as_many_devices(tmp_path):
             process.kill()
     assert [process.returncode for process in running] == [0, 0, 0], ended
     assert [str(tmp_path) in out for out, _ in ended] == [True, True, False]
-    assert "rnn_rows" not in ended[2][0]
+    assert "image_rows" not in ended[2][0]
     assert {path.name for path in tmp_path.iterdir()} == {"alone", "together"}
 
     def found(name):

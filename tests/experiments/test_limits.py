@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from rich.progress import Progress
 
-from experiments import clips, plots
+from experiments import clips
+from experiments.journal import Journal
 from experiments.results import Results
 from experiments.studies import limits
 
@@ -45,9 +46,14 @@ def test_the_norms_are_calm_but_for_four_events():
 CONFIG = dataclasses.replace(limits.SMOKE, clip=("quantile_clip",), updates=100)
 
 
-def test_a_seed_decides_everything():
+@pytest.fixture
+def journal(tmp_path):
+    return Journal(tmp_path, Progress())
+
+
+def test_a_seed_decides_everything(journal):
     def run(seed):
-        rows, curves = limits.run(dataclasses.replace(CONFIG, seed=seed), Progress())
+        rows, curves = limits.run(dataclasses.replace(CONFIG, seed=seed), journal)
         return [{**row, "seconds": 0} for row in rows], curves
 
     rows, curves = run(1)
@@ -90,11 +96,11 @@ def test_what_happens_to_a_limit_is_counted_in_updates():
 
 
 @pytest.mark.parametrize("count", [1, 5])
-def test_the_figure_has_a_panel_for_any_number_of_clips(count, tmp_path):
-    rows, curves = limits.run(dataclasses.replace(CONFIG, clip=("none",)), Progress())
+def test_the_figure_has_a_panel_for_any_number_of_clips(count, tmp_path, journal):
+    rows, curves = limits.run(dataclasses.replace(CONFIG, clip=("none",)), journal)
     about = {
         "config": dataclasses.asdict(CONFIG),
-        **limits.STUDY.facts,
+        **limits.STUDY.facts(CONFIG),
         "commit": None,
         "device": "1 x cpu",
         "versions": {"jax": jax.__version__},
@@ -103,5 +109,5 @@ def test_the_figure_has_a_panel_for_any_number_of_clips(count, tmp_path):
         name: np.repeat(curve, count, axis=0) if curve.ndim > 1 else curve
         for name, curve in curves.items()
     }
-    path = plots.limits(Results(about, rows * count, several), tmp_path / "limits.png")
+    (path,) = limits.figures(Results(about, rows * count, several), tmp_path)
     assert path.stat().st_size > 10_000

@@ -1,38 +1,45 @@
 import json
 import math
+import re
 
 import numpy as np
 import pytest
 
 from experiments import results
 from experiments.cli import main
-from experiments.config import RowsConfig, UsageError
-from experiments.studies import STUDIES, data_parallel, rows
+from experiments.config import UsageError
+from experiments.journal import Journal, Stopped
+from experiments.studies import STUDIES, data_parallel
 
-GLOBAL = "clip_by_global_norm:0.1"
+# Options that make every experiment small, lines in its results, and its figures.
 RUNS = {
-    "rnn_rows": f"--updates 300 --seeds 3 --clip none clip:0.5 {GLOBAL}".split(),
-    "lstm_rows": f"--updates 20 --seeds 2 --clip none {GLOBAL}".split(),
-    "cliff": [],
-    "limits": [],
-    "data_parallel": "--updates 20 --hidden 16 --clip autoclip".split(),
+    "cliff": ("", 2, {"paths", "starts"}),
+    "limits": ("", 8, {"limits"}),
+    "data_parallel": ("--updates 20 --hidden 16 --clip autoclip", 2, {"meshes"}),
+    "temporal_order": (
+        "--length 12 --updates 300 --checks 3 --seeds 3 --lr 0.1 0.3 --control 0.1 "
+        "--control-length 12",
+        15,
+        {"success", "times", "map"},
+    ),
 }
-LINES = {"rnn_rows": 9, "lstm_rows": 4, "cliff": 2, "limits": 8, "data_parallel": 2}
-FIGURES = {
-    "rnn_rows": {"curves.png"},
-    "lstm_rows": {"curves.png"},
-    "cliff": {"paths.png", "starts.png"},
-    "limits": {"limits.png"},
-    "data_parallel": {"meshes.png"},
-}
+
+
+def test_every_experiment_is_run_here():
+    assert RUNS.keys() == STUDIES.keys()
+
+
+def start(name, directory):
+    options = RUNS[name][0].split()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data_parallel, "MODEL", (2,))
+        main(["run", name, "--out", str(directory), *options])
 
 
 @pytest.fixture(scope="module", params=RUNS)
 def run(request, tmp_path_factory):
     directory = tmp_path_factory.mktemp("runs") / request.param
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data_parallel, "MODEL", (2,))
-        main(["run", request.param, "--out", str(directory), *RUNS[request.param]])
+    start(request.param, directory)
     return request.param, directory
 
 
@@ -40,34 +47,40 @@ def test_a_run_leaves_all_that_is_needed_to_repeat_and_judge_it(run):
     name, directory = run
     about = json.loads((directory / "config.json").read_text())
     assert about["config"]["experiment"] == name
-    assert {"commit", "device", "python", "versions"} < about.keys()
-    assert STUDIES[name].facts.items() < about.items()
+    assert {"commit", "device", "python", "versions", "command"} < about.keys()
     lines = (directory / "results.jsonl").read_text().splitlines()
-    assert len(lines) == LINES[name]
+    assert len(lines) == RUNS[name][1]
     for line in map(json.loads, lines):
-        assert {"experiment", "arm", "updates", "seconds"} < line.keys()
-        assert ("lr" in line) == hasattr(STUDIES[name].tiers["smoke"], "lr")
-    assert {path.name for path in directory.glob("*.png")} == FIGURES[name]
+        assert {"experiment", "seconds"} < line.keys()
+    assert {path.stem for path in directory.glob("*.png")} == RUNS[name][2]
+    assert not (directory / "checkpoints").exists()
 
 
-def test_plot_redraws_the_same_figures_from_what_is_stored(run):
+def test_plot_redraws_the_same_figures_and_page_from_what_is_stored(run):
     _, directory = run
-    drawn = {path: path.read_bytes() for path in directory.glob("*.png")}
+    files = [*directory.glob("*.png"), directory / "report.html"]
+    drawn = {path: path.read_bytes() for path in files}
     for path in drawn:
         path.unlink()
     main(["plot", str(directory)])
-    assert {path: path.read_bytes() for path in directory.glob("*.png")} == drawn
+    assert {path: path.read_bytes() for path in files} == drawn
 
 
-def test_every_experiment_keeps_its_finding(run):
+def test_the_page_needs_no_other_file_and_tells_how_to_repeat_it(run):
+    name, directory = run
+    page = (directory / "report.html").read_text()
+    about = json.loads((directory / "config.json").read_text())
+    assert about["command"] in page
+    assert page.count("<img ") == len(RUNS[name][2])
+    assert set(re.findall(r'src="(.{10})', page)) == {"data:image"}
+    found = results.load(directory)
+    verdict = STUDIES[name].verdict(found.rows)
+    assert page.count("<li>") == len(verdict) > 0
+
+
+def test_cliff_limits_and_data_parallel_keep_their_findings(run):
     name, directory = run
     found = results.load(directory).rows
-    if name == "rnn_rows":
-        accuracy = {arm: [] for arm in ("none", "clip:0.5", GLOBAL)}
-        for row in found:
-            accuracy[row["arm"]].append(row["test_accuracy"])
-        assert max(accuracy["none"]) < 0.4
-        assert min(accuracy[GLOBAL]) > 0.8
     if name == "cliff":
         none, clipped = found
         assert none["arm"] == "none"
@@ -91,44 +104,35 @@ def test_every_experiment_keeps_its_finding(run):
             assert spread[same] == pytest.approx(alone[same], rel=1e-3)
 
 
-def rows_of(arm, lr, accuracies):
-    return [{"arm": arm, "lr": lr, "test_accuracy": a} for a in accuracies]
+def test_a_run_that_was_stopped_is_resumed_bit_for_bit(tmp_path, monkeypatch, capsys):
+    start("temporal_order", tmp_path / "whole")
+    pieces = iter([False, False, False, False, True])
+    advance = Journal.advance
 
+    def stop_once(journal, updates, best=""):
+        advance(journal, updates, best)
+        if next(pieces, False):
+            raise Stopped
 
-@pytest.mark.parametrize(
-    ("accuracies", "found"),
-    [
-        ((0.8, 0.8, 0.9, 0.9), "gains"),
-        ((0.7, 0.8, 0.9, 0.9), "makes no clear difference"),
-        ((0.5, 0.6, 0.6, 0.7), "makes no clear difference"),
-        ((0.1, 0.2, 0.3, 0.3), "loses"),
-    ],
-)
-def test_the_verdict_follows_from_the_ranges(accuracies, found):
-    none = rows_of("none", 0.1, (0.5, 0.6, 0.6, 0.7))
-    (line,) = rows.verdict([*none, *rows_of("clip:1", 0.1, accuracies)])
-    assert line.startswith(f"lr 0.1: clip:1 {found}: accuracy")
-    assert rows.verdict(rows_of("clip:1", 0.1, accuracies)) == []
-
-
-def test_fewer_than_four_seeds_give_no_verdict():
-    none, clip = rows_of("none", 1.0, (0.1,) * 3), rows_of("clip:1", 1.0, (0.9,) * 3)
-    (line,) = rows.verdict([*none, *clip])
-    assert line.startswith("no verdict")
-
-
-def test_each_arm_is_judged_at_its_best_learning_rate_too():
-    high, low = (0.9,) * 4, (0.1,) * 4
-    wide = [*rows_of("clip:1", 0.1, high), *rows_of("clip:1", 1.0, high)]
-    narrow = [*rows_of("none", 0.1, high), *rows_of("none", 1.0, low)]
-    at_low, at_high, at_best = rows.verdict([*narrow, *wide])
-    assert "lr 0.1: clip:1 makes no clear difference" in at_low
-    assert "lr 1: clip:1 gains" in at_high
-    assert "each at its best lr: clip:1 makes no clear difference" in at_best
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "_is_due", lambda journal: True)
+        patch.setattr(Journal, "advance", stop_once)
+        with pytest.raises(SystemExit) as stopped:
+            start("temporal_order", tmp_path / "stopped")
+    assert stopped.value.code == 130
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.endswith(f"To go on: python -m experiments resume {tmp_path / 'stopped'}")
+    main(["resume", str(tmp_path / "stopped")])
+    whole, resumed = (results.load(tmp_path / name) for name in ("whole", "stopped"))
+    np.testing.assert_equal(resumed.curves, whole.curves)
+    for rows in (whole.rows, resumed.rows):
+        for row in rows:
+            row["seconds"] = None
+    np.testing.assert_equal(resumed.rows, whole.rows)
 
 
 def test_numbers_that_are_not_finite_survive_as_null(tmp_path):
-    config = STUDIES["rnn_rows"].tiers["smoke"]
+    config = STUDIES["cliff"].tiers["smoke"]
     results.begin(tmp_path, config, {})
     results.finish(tmp_path, [{"loss": math.inf, "diverged": True}], {"x": np.ones(2)})
     assert '"loss": null' in (tmp_path / "results.jsonl").read_text()
@@ -138,12 +142,14 @@ def test_numbers_that_are_not_finite_survive_as_null(tmp_path):
     assert found.curves["x"].tolist() == [1.0, 1.0]
 
 
-def test_a_config_comes_back_from_its_run_directory(tmp_path):
-    config = STUDIES["lstm_rows"].tiers["standard"]
-    results.begin(tmp_path, config, {})
-    stored = json.loads((tmp_path / "config.json").read_text())["config"]
-    stored |= {"lr": tuple(stored["lr"]), "clip": tuple(stored["clip"])}
-    assert RowsConfig(**stored) == config
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_config_comes_back_from_its_run_directory(tmp_path, name):
+    for tier, config in STUDIES[name].tiers.items():
+        directory = tmp_path / tier
+        directory.mkdir()
+        results.begin(directory, config, {})
+        about = results.read_about(directory)
+        assert results.read_config(about, type(config)) == config
 
 
 def test_run_directories_are_numbered_and_never_reused(tmp_path, monkeypatch):

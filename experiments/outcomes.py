@@ -1,0 +1,173 @@
+"""What comes out of training many runs: a row per run, and how clips compare.
+
+A run that diverged stays in, and counts as the worst. Every clip is run at the same
+learning rates, and is compared with others at its own best one: that is chosen on the
+first half of the seeds, and what it gives is read off the other half, so that nobody
+is rewarded for having tried often.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from experiments import stats
+from experiments.arms import Arm, Curves
+from experiments.results import Rows
+
+# Fewest runs of each of two arms by which they are compared.
+FEWEST = 4
+
+
+def rows(
+    experiment: str,
+    grid: Sequence[Arm],
+    seeds: np.ndarray,
+    updates: int,
+    curves: Curves,
+    **labels: Any,
+) -> Rows:
+    """Returns a row per run.
+
+    Args:
+      experiment: its name.
+      grid: the arms.
+      seeds: the seeds.
+      updates: updates of each run.
+      curves: what `train.compare` returns, with a `Summary` of each chunk.
+      **labels: what else these runs have in common.
+    """
+    return [
+        {
+            "experiment": experiment,
+            **labels,
+            "arm": arm.clip.spec,
+            "lr": arm.lr,
+            "seed": int(seed),
+            "updates": updates,
+            **_metrics(
+                {name: curve[i, j] for name, curve in curves.items() if curve.ndim > 1}
+            ),
+            "seconds": float(curves["seconds"][i] / len(seeds)),
+        }
+        for i, arm in enumerate(grid)
+        for j, seed in enumerate(seeds)
+    ]
+
+
+def _metrics(curves: Curves) -> dict[str, Any]:
+    """Sums up a run.
+
+    It has diverged if it ends with a larger loss than it began with, or one that is not
+    a number. `nonfinite` is the first update whose gradient was not finite, or NaN.
+    """
+    loss, error = curves["test_loss"], curves["test_error"]
+    broken = curves["nonfinite"][curves["nonfinite"] >= 0]
+    return {
+        "start_loss": float(loss[0]),
+        "test_loss": float(loss[-1]),
+        "test_error": float(error[-1]),
+        "final_loss": float(curves["final_loss"][-1]),
+        "final_error": float(curves["final_error"][-1]),
+        "diverged": not loss[-1] <= loss[0],
+        "nonfinite": float(broken[0]) if broken.size else np.nan,
+        "clipped": float(curves["clipped"].mean()),
+        "cosine": float(curves["cosine"].mean()),
+        "grad_norm_median": stats.spread(curves["grad_norm_median"]).median,
+        "grad_norm_max": stats.spread(curves["grad_norm_max"]).high,
+        "weight_norm": float(curves["weight_norm"][-1]),
+        "spectral_radius": float(curves["spectral_radius"][-1]),
+    }
+
+
+def solved(error: np.ndarray, judged: np.ndarray, limit: float) -> np.ndarray:
+    """Returns after how many updates each run was first below an error.
+
+    Args:
+      error: shares of wrong answers, of shape (..., points).
+      judged: number of updates at each point.
+      limit: the error.
+
+    Returns:
+      Numbers of updates, of shape (...); NaN where a run never was.
+    """
+    below = error < limit
+    return np.where(below.any(-1), judged[np.argmax(below, axis=-1)], np.nan)
+
+
+def by(rows: Rows, *names: str) -> dict[tuple[Any, ...], Rows]:
+    """Groups rows by what they have under some names, in their order."""
+    found: dict[tuple[Any, ...], Rows] = {}
+    for row in rows:
+        found.setdefault(tuple(row[name] for name in names), []).append(row)
+    return found
+
+
+class Tuned(NamedTuple):
+    """A clip at its best learning rate.
+
+    Attributes:
+      lr: the learning rate.
+      runs: rows of the seeds that did not choose it.
+    """
+
+    lr: float
+    runs: Rows
+
+
+def tuned(
+    runs: Rows, cost: Callable[[Rows], float], over: Sequence[str] = ("lr",)
+) -> Tuned:
+    """Chooses the learning rate of a clip.
+
+    Args:
+      runs: the rows of one clip, with the same seeds at every learning rate.
+      cost: what should be small, of the rows of one learning rate; NaN counts as inf.
+      over: names in the rows of what is chosen, if that is more.
+
+    Returns:
+      The learning rate that is best on the first half of the seeds, and its rows of
+      the other half. If there is nothing to choose, or one seed only, all rows.
+    """
+    choices = by(runs, *over)
+    if len(choices) == 1:
+        return Tuned(runs[0]["lr"], runs)
+    seeds = sorted({row["seed"] for row in runs})
+    first = set(seeds[: max(len(seeds) // 2, 1)])
+    others = set(seeds) - first or first
+
+    def costs(choice: tuple[Any, ...]) -> float:
+        found = cost([row for row in choices[choice] if row["seed"] in first])
+        return np.inf if np.isnan(found) else found
+
+    best = choices[min(choices, key=costs)]
+    return Tuned(best[0]["lr"], [row for row in best if row["seed"] in others])
+
+
+def median(name: str) -> Callable[[Rows], float]:
+    """Returns a function of rows: the median of what they have under a name."""
+    return lambda rows: stats.spread([row[name] for row in rows]).median
+
+
+def typical(runs: Rows, name: str) -> stats.Spread:
+    """Returns the median of what rows have under a name, and its interval."""
+    values = [row[name] for row in runs]
+    return stats.Spread(stats.spread(values).median, *stats.interval_of_median(values))
+
+
+def effect(clip: Rows, none: Rows, name: str) -> str:
+    """Says what a clip does to a quantity that should be small, as a verb.
+
+    It gains if the interval of its median ends below where that without a clip begins,
+    and loses if it is the other way round. With four runs each, two arms that do not
+    differ part like this once in 35 times, and with more less often; with fewer there
+    is no verdict.
+    """
+    if min(len(clip), len(none)) < FEWEST:
+        return f"cannot be judged from fewer than {FEWEST} seeds"
+    found, without = typical(clip, name), typical(none, name)
+    if found.high < without.low:
+        return "gains"
+    if found.low > without.high:
+        return "loses"
+    return "makes no clear difference"
