@@ -95,7 +95,8 @@ class Suite:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Reads and runs a command."""
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    # Without markup: [inf, inf] is an interval.
+    console = Console(width=None if sys.stdout.isatty() else 120, markup=False)
     try:
         match _read(sys.argv[1:] if arguments is None else arguments):
             case List():

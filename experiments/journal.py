@@ -1,10 +1,10 @@
 """What a study works with: it shows how far a run is, and keeps what it has so far.
 
-A study is carried on in parts, such as one kind of clip at one length. A part is a state
-which goes through pieces of work, each of which leaves records. From time to time, and
-when the user or the system asks to stop, the state and all records so far are written to
-the run directory; a run which is resumed takes them up, skips what is finished, and goes
-on bit for bit as if it had never been stopped.
+A study is carried on in parts, such as one kind of clip at one length. A part is a
+state which goes through pieces of work, each of which leaves records. From time to
+time, and when the user or the system asks to stop, the state and all records so far are
+written to the run directory; a run which is resumed takes them up, skips what is
+finished, and goes on bit for bit as if it had never been stopped.
 """
 
 import contextlib
@@ -62,7 +62,7 @@ class Journal:
 
     Attributes:
       board: shows numbers elsewhere while they are made: takes the name of a part, the
-        number of updates, and the numbers by arm and name. None: nobody wants to see them.
+        number of updates, and the numbers by arm and name. None: nobody looks.
     """
 
     def __init__(
@@ -242,7 +242,8 @@ def _restore(directory: Path) -> Kept:
     # So does a damaged file.
     except Exception as error:
         raise UsageError(
-            f"{directory} cannot be read: {_first_line(error)} Remove it to start again."
+            f"{directory} cannot be read: {_first_line(error)} Remove it to "
+            "start again."
         ) from error
     return Kept(**found.arrays, **found.about)
 

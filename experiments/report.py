@@ -68,11 +68,12 @@ def write_page(
 
 def _text(table: Table) -> str:
     """Returns a table as HTML to be shown in a fixed-width font."""
-    console = Console(width=WIDTH, record=True, file=io.StringIO())
+    console = Console(width=WIDTH, record=True, file=io.StringIO(), markup=False)
     console.print(table)
     return console.export_html(inline_styles=True, code_format="{code}")
 
 
 def _image(path: Path) -> str:
     data = base64.b64encode(path.read_bytes()).decode()
-    return f'<p><img alt="{html.escape(path.stem)}" src="data:image/png;base64,{data}"></p>'
+    name = html.escape(path.stem)
+    return f'<p><img alt="{name}" src="data:image/png;base64,{data}"></p>'

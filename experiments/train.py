@@ -1,8 +1,9 @@
 """Training: pure functions of one run, compiled in chunks for many runs at once.
 
-`init`, `begin`, `step`, `run_chunk` and `judge` are written for one run. `compare` maps
-them over the grid of arms and seeds, spread over all devices, compiles a chunk of
-updates, and calls it in a Python loop, in which a journal shows and keeps how far it is.
+`init`, `begin`, `step`, `run_chunk` and `judge` are written for one run. `compare`
+maps them over the grid of arms and seeds, spread over all devices, compiles a chunk of
+updates, and calls it in a Python loop, in which a journal shows and keeps how far it
+is.
 
 All arms see the same initial values, batches and examples to be judged on: they depend
 on the seed and the number of the update only.

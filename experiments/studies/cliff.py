@@ -53,8 +53,9 @@ REACHED = 1e-3
 # A descent has met the wall if a gradient was longer than this; 0.05 is usual.
 WALL = 10.0
 STARTS_W, STARTS_B = (4.0, 7.0), (-4.0, -2.0)
-# A start whose path meets the wall, and the part of the surface around it.
-PATH_START = (5.826, -3.913)
+# Starts per side of a square grid from which whole paths are recorded, and the part of
+# the surface around them.
+PATHS_W, PATHS_B, PATHS = (5.2, 6.8), (-3.8, -2.2), 3
 SURFACE_W, SURFACE_B, SURFACE_POINTS = (3.8, 7.0), (-4.1, -1.9), 301
 COMPARISONS = "more starts than", "as many starts as", "fewer starts than"
 # Number of pieces after which progress is shown, and a run can be stopped.
@@ -248,8 +249,8 @@ def _chunk(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _errors_at(length: int, points: Point) -> jax.Array:
-    """Returns E at points of shape (rows, columns)."""
-    return jax.vmap(jax.vmap(functools.partial(error, length)))(points)
+    """Returns E at points of any shape."""
+    return jnp.vectorize(lambda w, b: error(length, Point(w, b)))(*points)
 
 
 def run(config: CliffConfig, journal: Journal) -> tuple[Rows, arms.Curves]:
@@ -289,19 +290,19 @@ def _run_length(
     journal: Journal,
 ) -> dict[str, np.ndarray]:
     """Descends with every arm at one length, and measures the surface."""
-    starts = Point(*(np.append(x, at) for x, at in zip(square, PATH_START)))
-    starts = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), starts)
+    paths = plane(PATHS_W, PATHS_B, PATHS)
+    starts = Point(*(np.append(*both) for both in zip(square, paths)))
 
     def run_kind(clip: Clip, knobs: arms.Knobs) -> arms.Curves:
         part = f"length {length}"
         found = descend(
-            clip, length, knobs, starts, config.updates, _path, journal, part
+            clip, length, knobs, starts, config.updates, _paths, journal, part
         )
         path = Point(found["path_w"], found["path_b"])
-        # The last start is that of the path.
+        # The last starts are those of the paths.
         shape = len(knobs.lr), *square.w.shape
         outcome = {
-            name: found[name][:, :-1, 0].reshape(shape)
+            name: found[name][:, : square.w.size, 0].reshape(shape)
             for name in ("error", "steepest")
         }
         return {
@@ -321,9 +322,10 @@ def _run_length(
     }
 
 
-def _path(move: Move) -> dict[str, jax.Array]:
-    """Keeps where the last start has led to."""
-    return {"path_w": move.point.w[:, -1], "path_b": move.point.b[:, -1]}
+def _paths(move: Move) -> dict[str, jax.Array]:
+    """Keeps where the last starts have led to."""
+    w, b = (x[:, -(PATHS**2) :] for x in move.point)
+    return {"path_w": w, "path_b": b}
 
 
 def metrics(error: np.ndarray, steepest: np.ndarray) -> dict[str, float]:
@@ -488,7 +490,7 @@ def _draw_shares(results: Results, path: Path) -> Path:
         "reached": "of all starts",
         "reached_after_wall": "of those that met the wall",
     }
-    size = 3.2 + 1.3 * len(rates), 1.2 + 0.4 * len(specs)
+    size = 3.2 + max(1.3 * len(rates), 5.0), 1.2 + 0.4 * len(specs)
     lengths = len(config["length"])
     figure = Figure(figsize=(size[0], 0.6 + size[1] * lengths), layout="constrained")
     axes = figure.subplots(lengths, 2, squeeze=False, sharey=True, sharex=True)
@@ -515,41 +517,47 @@ def _percent(share: float) -> str:
 
 
 def _draw_paths(results: Results, path: Path) -> Path:
-    """Draws the paths of all clips from one start, and the error along them."""
+    """Draws the paths from a start and the error along them, a column per clip.
+
+    Of the starts whose paths are recorded it is the one where it matters most.
+    """
     config, curves = results.about["config"], results.curves
-    lengths, lr = config["length"], _telling(results.rows)
-    size = 12.0, 0.9 + 3.8 * len(lengths)
+    lengths, specs, lr = config["length"], config["clip"], _telling(results.rows)
+    size = 2.2 + 2.5 * len(specs), 1.2 + 4.2 * len(lengths)
     figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(len(lengths), 2, squeeze=False)
+    axes: Any = figure.subplots(
+        2 * len(lengths), len(specs), sharex="row", sharey="row", squeeze=False
+    )
+    shown = [i for i, arm in enumerate(arms.grid(config["lr"], specs)) if arm.lr == lr]
+    base = "none" if "none" in specs else specs[0]
     meshes = []
-    for length, (surface, along) in zip(lengths, axes):
+    for length, surfaces, alongs in zip(lengths, axes[::2], axes[1::2]):
         window = curves[f"{length} surface_w"], curves[f"{length} surface_b"]
-        meshes.append(_errors(surface, *window, curves[f"{length} surface"]))
         names = "path_w", "path_b", "path_error"
-        w, b, error = (curves[f"{length} {name}"] for name in names)
-        for i, arm in enumerate(arms.grid(config["lr"], config["clip"])):
-            if arm.lr != lr:
-                continue
-            # Paths coincide at first: the one without a clip lies below, and is thick.
-            width = 3.0 if arm.clip.spec == "none" else 1.0
-            look = {**plots.style(config["clip"], arm.clip.spec), "lw": width}
-            look |= {"label": arm.clip.spec, "zorder": 4 - width}
-            surface.plot(w[i], b[i], **look)
-            along.plot(error[i], **look)
-        surface.plot(*PATH_START, "ko", mfc="white")
-        surface.set(xlim=window[0][[0, -1]], ylim=window[1][[0, -1]])
-        surface.set(title=f"T = {length}", xlabel="w", ylabel="b")
-        along.axhline(REACHED, color="0.6", lw=0.8)
-        along.set(yscale="log", xlabel="updates", ylabel="error E along the path")
-    figure.colorbar(meshes[0], ax=axes[:, 0], label="error E(w, b)", extend="min")
-    plots.legend(figure, axes[0, 1])
+        w, b, error = (curves[f"{length} {name}"][shown] for name in names)
+        ends = np.maximum(error[..., -1], REACHED)
+        start = int(np.argmax(ends[specs.index(base)] / ends.min(0)))
+        w, b, error = (x[:, start] for x in (w, b, error))
+        for i, (surface, along) in enumerate(zip(surfaces, alongs)):
+            meshes.append(_errors(surface, *window, curves[f"{length} surface"]))
+            surface.plot(w[i], b[i], color="tab:red", lw=1.0)
+            surface.plot(w[i, 0], b[i, 0], "ko", mfc="white")
+            surface.set(xlim=window[0][[0, -1]], ylim=window[1][[0, -1]], xlabel="w")
+            surface.set_title(specs[i].replace(":", "\n"), fontsize="medium")
+            along.plot(error[i], color="tab:red", lw=1.0)
+            along.axhline(REACHED, color="0.6", lw=0.8)
+            along.set(yscale="log", ylim=(1e-8, 1), xlabel="updates")
+        surfaces[0].set_ylabel(f"T = {length}\nb")
+        alongs[0].set_ylabel("error E along the path")
+    figure.colorbar(meshes[0], ax=axes[0], label="error E(w, b)", extend="min")
     return plots.save(
         figure,
         path,
         results,
-        f"{config['updates']} updates from the circle at learning rate {lr:g}, where a "
-        "clip is farthest ahead of none\n"
-        "paths may leave the window; below the line the target is reached",
+        f"{config['updates']} updates at learning rate {lr:g}, where a clip is "
+        f"farthest ahead of none, from the circle: of {PATHS**2} starts the one\n"
+        f"where {base} ends highest above the best; paths may leave the window; below "
+        "the grey line the target is reached",
     )
 
 

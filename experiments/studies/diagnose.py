@@ -25,7 +25,6 @@ one notices is measured here.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,7 +42,7 @@ from experiments.results import Results, Rows
 from experiments.studies.study import Study
 from experiments.tasks import image_rows, sequences, text
 
-# Updates before and after one that are looked at for the damage; also how long it lasts.
+# Updates before and after one that are looked at for the damage, which lasts as long.
 AROUND = 25
 # Updates of which the loss is the mean where it is compared with that of the start.
 MEAN = 10
@@ -194,7 +193,7 @@ def damage(run: Trace) -> float:
     """Returns the first update of the damage, as above; NaN if there is none."""
     below = np.concatenate([np.ones(AROUND, bool), run.loss < run.start])
     mostly = [
-        np.mean(below[update : update + 2 * AROUND + 1]) > 0.5
+        bool(np.mean(below[update : update + 2 * AROUND + 1]) > 0.5)
         for update in range(len(run.loss))
     ]
     first = int(np.flatnonzero([True, *mostly])[-1])
@@ -327,8 +326,8 @@ def _when(delays: list[float]) -> str:
     """Says when warnings came."""
     delay = stats.spread(delays)
     side = "before" if delay.median < 0 else "after"
-    late = f"median {abs(delay.median):.0f} updates {side} the damage"
-    return f"{late}, range {delay.low:.0f} to {delay.high:.0f}"
+    late = f"median {abs(delay.median):g} updates {side} the damage"
+    return f"{late}, range {delay.low:g} to {delay.high:g}"
 
 
 def table(rows: Rows) -> Table:
@@ -352,7 +351,7 @@ def table(rows: Rows) -> Table:
                 setting,
                 record.name,
                 f"{record.fired}/{len(record.delays)}",
-                f"{stats.spread(record.delays):.0f}" if record.delays else "-",
+                f"{stats.spread(record.delays):g}" if record.delays else "-",
                 f"{plain.false}/{plain.runs}",
                 f"{clip.false}/{clip.runs}",
             )
@@ -380,24 +379,26 @@ def _findings(runs: Rows) -> list[str]:
     found = records(runs)
     nan = next(record for record in found if record.name == "loss not finite")
     good = [record for record in found if record.is_good]
-    worth = (
-        f"the first good warning is {min(good, key=_median)}"
-        if good
-        else f"no warning misses at most {MISSED:.0%} of the damaged runs and is a false "
-        f"alarm in at most {FALSE:.0%} of the others; the first is "
-        f"{min(found, key=_median)}"
-    )
-    finite = (
-        f"the loss is not finite in {nan.fired} of {len(damaged)} damaged runs, "
-        f"{_when([delay for delay in nan.delays if not np.isnan(delay)])}"
-        if nan.fired
-        else f"the loss stays finite in all {len(damaged)} damaged runs: a run that is "
-        "finite may be lost all the same"
-    )
+    if good:
+        first = f"the first good warning is {min(good, key=_median)}"
+    else:
+        first = (
+            f"no warning misses at most {MISSED:.0%} of the damaged runs and is a "
+            f"false alarm in at most {FALSE:.0%} of the others; the first is "
+            f"{min(found, key=_median)}"
+        )
+    if nan.fired:
+        late = _when([delay for delay in nan.delays if not np.isnan(delay)])
+        lost = f"not finite in {nan.fired} of {len(damaged)} damaged runs, {late}"
+    else:
+        lost = (
+            f"finite in {len(damaged)} of {len(damaged)} damaged runs: what is finite "
+            "may be lost all the same"
+        )
     return [
-        f"runs damaged: {counts}; from update {onset:.0f} on (median and range)",
-        worth,
-        finite,
+        f"runs damaged: {counts}; from update {onset:g} on (median and range)",
+        first,
+        f"the loss is {lost}",
     ]
 
 
@@ -430,7 +431,7 @@ def _draw_timeline(results: Results, path: Path) -> Path:
         axis.set_yticklabels([])
     for axis in axes[-1]:
         axis.set_xlabel("updates")
-    _legend(figure, axes[:3].flat)
+    plots.legend(figure, axes[0, 0])
     caption = "dotted: the damage; dots: a warning fires, circle: for the first time"
     return _save(figure, path, results, caption)
 
@@ -459,9 +460,7 @@ def _draw_run(results: Results, setting: str, axes: np.ndarray) -> None:
             finite = np.where(np.isfinite(curve), curve, np.nan)
             axis.plot(finite[: end + 1], **look)
         if shown:
-            axes[0].axhline(
-                run.start, color="0.6", lw=0.8, label="loss before training"
-            )
+            axes[0].axhline(run.start, color="0.6", lw=0.8, label="before training")
             _draw_warnings(axes[3], run, end)
     for axis in axes:
         axis.axvline(chosen["damage"], color="0.4", ls=":", lw=1.2)
@@ -533,16 +532,6 @@ def _name_warnings(axis: Axes) -> None:
     axis.set_ylim(len(WARNINGS) - 0.4, -0.6)
 
 
-def _legend(figure: Figure, axes: Any) -> None:
-    """Puts one legend for several axes beside the figure."""
-    found: dict[str, Any] = {}
-    for axis in axes:
-        handles, labels = axis.get_legend_handles_labels()
-        found |= dict(zip(labels, handles, strict=True))
-    place = {"loc": "outside right upper", "fontsize": "small"}
-    figure.legend(list(found.values()), list(found), **place)
-
-
 def _save(figure: Figure, path: Path, results: Results, what: str) -> Path:
     config = results.about["config"]
     rates = ", ".join(f"{lr:g}" for lr in config["lr"])
@@ -578,10 +567,10 @@ STUDY = Study(
         "standard": STANDARD,
         "full": dataclasses.replace(
             STANDARD,
-            lr=(0.1, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0),
+            lr=(0.1, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0),
             clip=("none", *(f"clip_by_global_norm:{c}" for c in (0.25, 1.0))),
-            seeds=50,
-            updates=5000,
+            seeds=20,
+            updates=2000,
             length=100,
             hidden=128,
         ),

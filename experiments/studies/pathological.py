@@ -77,11 +77,11 @@ SMOKE = SolvingConfig(
 STANDARD = dataclasses.replace(
     SMOKE,
     task=("torder3", "perm"),
-    length=(25,),
+    length=(30,),
     lr=(0.03, 0.1, 0.3),
     seeds=12,
-    updates=3000,
-    checks=15,
+    updates=2500,
+    checks=10,
 )
 STUDY = solving.study(
     about="tasks that need a long memory, tanh RNN: SGD, with a clip, and with Omega",

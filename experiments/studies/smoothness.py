@@ -1,6 +1,6 @@
 """Smoothness: whether the slope of the loss changes faster where it is steep.
 
-A function is (L0, L1)-smooth if its gradient changes along a short way d by no more than
+A function is (L0, L1)-smooth if its gradient changes on a short way d by no more than
 
     |grad f(x + d) - grad f(x)| <= (L0 + L1 |grad f(x)|) |d|.
 
@@ -16,9 +16,9 @@ updates apart, as they do it:
 
 It is a lower bound of the smoothness around: d is one direction out of all. Both
 gradients are those of one larger batch, the same for all points of a run, so that no
-noise of batches is in their difference; in theirs f was a tenth of the training text.
-Their model has two layers, words and weight tying. A value that is not finite stays out
-of what follows, and is counted.
+noise of batches is in their difference. In their program f is a tenth of the training
+text, s is 1/2 alone, and the model an LSTM of two layers for words. A value that is not
+finite stays out of what follows, and is counted.
 
 What is reported of a run: Spearman's correlation of L and |grad f|; the same with the
 number of the update held constant, as both may just follow it; and L0, L1 >= 0, so that
@@ -27,8 +27,8 @@ logarithms are nearest (quantile regression: Koenker, Bassett, Regression quanti
 1978; quantiles of logarithms are logarithms of quantiles).
 
 Steps of a learning rate above 2 / L diverge on a quadratic, so without a clip training
-itself keeps L from growing far beyond that (Cohen, Kaur, Li, Kolter, Talwalkar, Gradient
-descent on neural networks typically occurs at the edge of stability, 2021,
+itself keeps L from growing far beyond that (Cohen, Kaur, Li, Kolter, Talwalkar,
+Gradient descent on neural networks typically occurs at the edge of stability, 2021,
 https://arxiv.org/abs/2103.00065); the figure shows 2 / lr.
 """
 
@@ -43,7 +43,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from rich.box import SIMPLE
 from rich.table import Column, Table
 
@@ -70,14 +73,14 @@ BELOW = 0.9
 FEWEST = 8
 # The search for the line: logits of the share of L1 |grad f| in it, at the median of
 # |grad f|; candidates at a time; times that it goes on around the best one.
-LOGIT, CANDIDATES, ZOOMS = 22.0, 221, 4
+LOGIT, CANDIDATES, ZOOMS = 22.0, 111, 4
 # Runs with an interval of 95 % for their median: 2 / 2^6 < 5 %.
 FEWEST_SEEDS = 6
 TABLE_CAPTION = (
-    "Medians over seeds, with 95 % intervals (with fewer than 6 seeds: ranges). "
+    "Medians over seeds; intervals have 95 % (with fewer than 6 seeds: ranges). "
     "Spearman: correlation of smoothness and gradient norm over the points of a run; "
     "at equal k: with the number of the update held constant. L0, L1: "
-    f"{BELOW:.0%} of the points are below L0 + L1 |g|. Lost: points that are not finite."
+    f"{BELOW:.0%} of the points are below L0 + L1 |g|. Lost: points not finite."
 )
 
 
@@ -243,28 +246,28 @@ def fit(grad_norm: np.ndarray, smoothness: np.ndarray) -> Line:
       smoothness: of shape (points,), above 0.
     """
     middle = np.median(grad_norm)
+    height = np.log(smoothness)
 
-    def lines(logit):
-        """Returns the logarithm of each line at the points, its factor and share."""
-        # Rounded, so that L0 or L1 can be 0.
-        part = np.round(1 / (1 + np.exp(-logit[:, None])), 9)
-        shape = np.log(1 - part + part * grad_norm / middle)
-        level = np.quantile(np.log(smoothness) - shape, BELOW, axis=1)
-        return shape + level[:, None], np.exp(level), part[:, 0]
+    def part(logit):
+        """Returns L1 |grad f| as a share; rounded, so that L0 or L1 can be 0."""
+        return np.round(1 / (1 + np.exp(-logit)), 9)
 
-    low, high = -LOGIT, LOGIT
+    def shape(logit):
+        return np.log(1 - part(logit) + part(logit) * grad_norm / middle)
+
+    def cost(logit):
+        above = height - shape(logit)
+        above = above - np.quantile(above, BELOW)
+        return np.maximum(BELOW * above, (BELOW - 1) * above).sum()
+
+    best, reach = 0.0, LOGIT
     for _ in range(ZOOMS):
-        logit = np.linspace(low, high, CANDIDATES)
-        heights, factor, part = lines(logit)
-        above = np.log(smoothness) - heights
-        cost = np.maximum(BELOW * above, (BELOW - 1) * above).sum(1)
-        best = int(np.argmin(cost))
-        step = logit[1] - logit[0]
-        low, high = logit[best] - step, logit[best] + step
-    return Line(
-        float(factor[best] * (1 - part[best])),
-        float(factor[best] * part[best] / middle),
-    )
+        logits = np.linspace(best - reach, best + reach, CANDIDATES)
+        best = logits[np.argmin([cost(logit) for logit in logits])]
+        reach = logits[1] - logits[0]
+    factor = np.exp(np.quantile(height - shape(best), BELOW))
+    l0, l1 = factor * (1 - part(best)), factor * part(best) / middle
+    return Line(float(l0), float(l1))
 
 
 def run(config: SmoothnessConfig, journal: Journal) -> tuple[Rows, arms.Curves]:
@@ -434,8 +437,8 @@ def table(rows: Rows) -> Table:
             f"{outcomes.median('end_loss')(runs):.2f}",
             f"{_typical(runs, 'spearman'):.2f}",
             f"{_typical(runs, 'at_equal_update'):.2f}",
-            f"{outcomes.typical(runs, 'l0'):.2g}",
-            f"{outcomes.typical(runs, 'l1'):.2g}",
+            f"{outcomes.median('l0')(runs):.2g}",
+            f"{outcomes.median('l1')(runs):.2g}",
             str(sum(run["lost"] for run in runs)),
         )
     return result
@@ -467,7 +470,7 @@ def _claim(runs: Rows) -> str:
     if high < 0:
         return "smoothness falls with the gradient norm, unlike in Zhang et al."
     return (
-        "smoothness and gradient norm are not clearly related, unlike in Zhang et al."
+        "smoothness has no clear relation to the gradient norm, unlike in Zhang et al."
     )
 
 
@@ -496,20 +499,21 @@ def _draw(results: Results, path: Path) -> Path:
     axes = figure.subplots(
         len(config["cell"]), len(grid), squeeze=False, sharex="row", sharey="row"
     )
+    runs = outcomes.by(results.rows, "cell", "arm", "lr")
+    colours = ScalarMappable(Normalize(0, curves["at"][-1]), "viridis")
     for cell, row in zip(config["cell"], axes, strict=True):
         for i, (arm, axis) in enumerate(zip(grid, row, strict=True)):
-            runs = outcomes.by(results.rows, "cell", "arm", "lr")
-            same = runs[cell, arm.clip.spec, arm.lr]
             points = Point(*(curves[f"{cell} {name}"][i] for name in Point._fields))
-            dots = _draw_points(axis, curves["at"], points)
+            _scale(axis)
+            _draw_points(axis, points, colours.to_rgba(curves["at"]))
             axis.axhline(2 / arm.lr, color="0.5", ls="--", lw=0.8)
-            _draw_line(axis, points.grad_norm, same)
+            _draw_line(axis, points.grad_norm, runs[cell, arm.clip.spec, arm.lr])
             title = f"{cell}, lr {arm.lr:g}, {arm.clip.spec}"
             axis.set_title(title, fontsize="medium")
         row[0].set_ylabel("smoothness L")
     for axis in axes[-1]:
         axis.set_xlabel("gradient norm |g|")
-    figure.colorbar(dots, ax=axes, label="update")
+    figure.colorbar(colours, ax=axes, label="update")
     caption = (
         f"{config['seeds']} seeds, {config['hidden']} units, SGD, {config['updates']} "
         f"updates of {config['batch']} windows of {config['length']} characters, "
@@ -519,16 +523,21 @@ def _draw(results: Results, path: Path) -> Path:
     return plots.save(figure, path, results, caption)
 
 
-def _draw_points(axis: Axes, at: np.ndarray, points: Point) -> Any:
-    """Draws points, whose curves have shape (seeds, points)."""
-    known = np.isfinite(points.grad_norm) & np.isfinite(points.smoothness)
-    update = np.broadcast_to(at, known.shape)[known]
+def _scale(axis: Axes) -> None:
+    """Makes both scales logarithmic, with plain numbers."""
     axis.set_xscale("log")
     axis.set_yscale("log")
-    look = {"s": 5, "cmap": "viridis", "vmin": 0, "vmax": at[-1], "rasterized": True}
-    return axis.scatter(
-        points.grad_norm[known], points.smoothness[known], c=update, **look
-    )
+    for scale in (axis.xaxis, axis.yaxis):
+        scale.set_major_locator(LogLocator(subs=(1, 3)))
+        scale.set_major_formatter("{x:g}")
+        scale.set_minor_formatter(NullFormatter())
+
+
+def _draw_points(axis: Axes, points: Point, colours: np.ndarray) -> None:
+    """Draws points, whose curves have shape (seeds, points), in colours (points, 4)."""
+    for grad_norm, smoothness in zip(points.grad_norm, points.smoothness, strict=True):
+        known = np.isfinite(grad_norm) & np.isfinite(smoothness)
+        axis.scatter(grad_norm[known], smoothness[known], s=5, c=colours[known])
 
 
 def _draw_line(axis: Axes, grad_norm: np.ndarray, runs: Rows) -> None:
@@ -574,12 +583,11 @@ STUDY = Study(
         "standard": STANDARD,
         "full": dataclasses.replace(
             STANDARD,
-            lr=(0.3, 1.0, 3.0, 30.0),
-            seeds=20,
+            lr=(1.0, 3.0, 30.0),
             updates=5000,
             every=25,
             batch=64,
-            probe=512,
+            probe=128,
             length=70,
             hidden=512,
         ),

@@ -239,7 +239,6 @@ def with_solutions(rows: Rows, error: np.ndarray, pieces: list[int]) -> Rows:
 def arms_table(rows: Rows) -> Table:
     """Returns one line per arm of each stage."""
     names = (
-        "Omega",
         "lr",
         "updates",
         "solved",
@@ -265,8 +264,7 @@ def arms_table(rows: Rows) -> Table:
         _, _, alpha, _, arm, lr = key
         result.add_row(
             where(runs[0]),
-            arm,
-            f"{alpha:g}" if alpha else "-",
+            name(arm, alpha),
             f"{lr:g}",
             str(runs[0]["updates"]),
             rate(runs, "solved"),
@@ -401,7 +399,8 @@ def _draw_times(results: Results, path: Path) -> Path:
         line = name(arm, alpha)
         times = np.array([run["solved_at"] for run in runs])
         at, waiting = stats.survival(times, config["updates"])
-        look = plots.style(names, line)
+        # Where lines coincide, that without a clip lies below, and is thick.
+        look = {**plots.style(names, line), "lw": 3.0 if line == "none" else 1.5}
         axis = row[config["lr"].index(lr)]
         axis.step(at, waiting, where="post", label=line, **look)
         row[0].set_ylabel(f"{where(runs[0])}\nnot solved yet")

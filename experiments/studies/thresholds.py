@@ -18,13 +18,14 @@ other half. One learning rate and two tasks say little about others.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from rich.box import SIMPLE
 from rich.table import Column, Table
 
@@ -63,7 +64,7 @@ METHODS = tuple(
     f"{name}:{COMMON[name]:g}" if name in COMMON else name for name in clips.FACTORIES
 )
 # Colours by what a clip is.
-FIXED, OTHER, LEARNS = "fixed global norm", "other, no memory", "learns from the past"
+FIXED, OTHER, LEARNS = "fixed norm", "no memory", "learns"
 COLOURS = {
     "none": "black",
     FIXED: "tab:blue",
@@ -73,8 +74,8 @@ COLOURS = {
 TABLE_CAPTION = (
     f"Solved: fewer than {solving.SOLVED:.0%} of {solving.FRESH:,} fresh sequences "
     "wrong at some check, with Wilson's 95 % interval; after: updates until solved, "
-    "median of the runs that did. Loss: at the end, of the sequences in nats, of music on the "
-    "validation split in nats per step: median with its 95 % interval (the range, of "
+    "median of the runs that did. Loss: at the end, in nats; of music, on the "
+    "validation split, in nats per step: median with its 95 % interval (the range, of "
     "fewer than 6 seeds). Clipped: share of the updates; cosine: of the angle by which "
     "the clip turns a gradient, mean. Each at its best learning rate, chosen on the "
     "first half of the seeds and read off the others if there are several."
@@ -282,7 +283,7 @@ def table(rows: Rows) -> Table:
     result = Table(
         Column("clip", overflow="fold"),
         *(Column(name, justify="right", no_wrap=True) for name in names),
-        Column("what it is", no_wrap=True),
+        Column("kind", no_wrap=True),
         box=SIMPLE,
         padding=(0, 1, 0, 0),
         title=rows[0]["experiment"],
@@ -412,15 +413,15 @@ def _methods(runs: Rows, none: outcomes.Tuned, best: outcomes.Tuned) -> list[str
     equal = [arm for arm, same in others.items() if measure.cost(same) <= most]
     return [
         *(
-            f"as it comes {effect} against none: {_list(names, others)}"
+            f"against none, as it comes, {effect}: {_list(names, others)}"
             for effect, names in by_effect.items()
         ),
-        f"as good as the best fixed threshold, or better: {_list(equal, others)}",
+        f"no worse than the best fixed threshold: {_list(equal, others)}",
     ]
 
 
-def _list(names: list[str], others: Sequence[str] | dict[str, Rows]) -> str:
-    return f"{len(names)} of {len(others)} other methods ({', '.join(names) or '-'})"
+def _list(names: list[str], others: dict[str, Rows]) -> str:
+    return f"{', '.join(names) or '-'} ({len(names)} of {len(others)} other methods)"
 
 
 def figures(results: Results, directory: Path) -> list[Path]:
@@ -479,11 +480,10 @@ def _draw_methods(results: Results, path: Path) -> Path:
     tasks = _by_task(results.rows)
     count = len(outcomes.by(results.rows, "arm"))
     figure = Figure(
-        figsize=(1.5 + 5.2 * len(tasks), 1.6 + 0.21 * count), layout="constrained"
+        figsize=(2.8 + 5.2 * len(tasks), 1.6 + 0.21 * count), layout="constrained"
     )
-    for axis, (task, runs) in zip(
-        figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True
-    ):
+    axes = figure.subplots(1, len(tasks), squeeze=False)[0]
+    for axis, (task, runs) in zip(axes, tasks, strict=True):
         measure, ranks = MEASURES[task], ranked(runs)
         shown = np.array([measure.shown(found.runs) for found in ranks.values()])
         kinds = [found.runs[0]["kind"] for found in ranks.values()]
@@ -492,19 +492,20 @@ def _draw_methods(results: Results, path: Path) -> Path:
             look = {"color": colour, "fmt": "o", "ms": 4, "label": name}
             values = shown[places]
             axis.errorbar(values[:, 0], places, xerr=_reach(values), **look)
-        best = best_fixed(runs)
-        label = f"best fixed ({best.runs[0]['threshold']:g}), tuned"
-        line = {"color": COLOURS[FIXED], "ls": "--", "lw": 1, "label": label}
-        axis.axvline(measure.shown(best.runs).median, **line)
+        best = measure.shown(best_fixed(runs).runs).median
+        line = {"color": COLOURS[FIXED], "ls": "--", "lw": 1}
+        axis.axvline(best, label="best fixed norm,\nfresh seeds", **line)
         for name, loss in _baselines(results, task):
-            axis.axvline(loss, color="0.4", ls=":", lw=1, label=name)
+            axis.axvline(loss, color="0.4", ls=":", lw=1)
+            place = {"rotation": 90, "ha": "right", "fontsize": "x-small"}
+            axis.text(loss, count - 0.7, name, color="0.3", **place)
         axis.set_yticks(range(count), list(ranks), fontsize="small")
         axis.set_ylim(count - 0.5, -0.5)
         axis.set_xlabel(measure.label)
         axis.set_title(f"{task}, learning rate {_rates(runs)}", fontsize="medium")
-        axis.legend(fontsize="x-small")
         axis.grid(axis="y", alpha=0.3)
         _scale(axis, "x", task)
+    plots.legend(figure, axes[0])
     note = "bars: 95 % intervals (of medians of fewer than 6 runs: ranges)"
     return plots.save(figure, path, results, f"{_caption(results)}\n{note}")
 
@@ -521,8 +522,14 @@ def _reach(shown: np.ndarray) -> np.ndarray:
 
 def _scale(axis: Axes, along: str, task: str) -> None:
     """Shows shares from 0 to 1, and losses by their logarithm."""
-    look = {"lim": (-0.03, 1.03)} if task == "torder" else {"scale": "log"}
-    axis.set(**{f"{along}{name}": value for name, value in look.items()})
+    if task == "torder":
+        axis.set(**{f"{along}lim": (-0.03, 1.03)})
+        return
+    axis.set(**{f"{along}scale": "log"})
+    ticks = axis.yaxis if along == "y" else axis.xaxis
+    ticks.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ticks.set_major_formatter("{x:g}")
+    ticks.set_minor_formatter(NullFormatter())
 
 
 def _rates(runs: Rows) -> str:
@@ -560,7 +567,7 @@ SMOKE = ThresholdsConfig(
     experiment="thresholds",
     task=("torder",),
     threshold=(0.1, 1.0, 10.0),
-    clip=("mean_clip:2", "autoclip"),
+    clip=("autoclip",),
     lr=(0.1,),
     music_lr=(1.0,),
     seeds=6,
@@ -576,7 +583,8 @@ STANDARD = dataclasses.replace(
     threshold=(0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0),
     clip=METHODS,
     seeds=10,
-    updates=1500,
+    updates=1200,
+    music_updates=120,
 )
 STUDY = Study(
     about="fixed thresholds, a rule of thumb for them, and all methods as they come",

@@ -62,13 +62,12 @@ def run_rows(*options):
         (["plot"], "directory"),
         (["plot", "nowhere"], "nowhere holds no run: there is no config.json."),
         (["plot", "unfinished"], "results.jsonl is missing"),
-        (["plot", "corrupt"], "corrupt cannot be read"),
         (["plot", "broken"], "broken cannot be read"),
         (["plot", "foreign"], f"foreign holds no run of {NAMES}"),
         (["resume"], "directory"),
         (["resume", "nowhere"], "nowhere holds no run: there is no config.json."),
         (["resume", "empty"], "empty holds no run: there is no config.json."),
-        (["resume", "corrupt"], "corrupt cannot be read"),
+        (["resume", "corrupt"], "corrupt cannot be read: "),
         (["resume", "unfinished"], f"unfinished holds no run of {NAMES}"),
         (["resume", "other"], "the config of the run is not possible:"),
         (["resume", "elsewhere"], "elsewhere was begun on 3 x abacus, and here is"),
@@ -128,11 +127,13 @@ def test_list_names_every_experiment(capsys):
 
 def test_help_of_an_experiment_shows_the_defaults_of_the_tier(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    for tier, seeds in {"smoke": "(default: 8)", "standard": "(default: 10)"}.items():
+    tiers = STUDIES["temporal_order"].tiers
+    assert len({config.updates for config in tiers.values()}) == len(tiers)
+    for tier, config in tiers.items():
         with pytest.raises(SystemExit) as stopped:
             main(["run", "temporal_order", "--tier", tier, "--help"])
         assert stopped.value.code == 0
-        assert seeds in capsys.readouterr().out
+        assert f"(default: {config.updates})" in capsys.readouterr().out
 
 
 @pytest.fixture
@@ -183,8 +184,8 @@ def test_resume_leaves_what_is_finished_alone(worked, tmp_path, capsys):
 
 
 def test_the_stored_command_repeats_the_run(worked, tmp_path):
-    options = ["--lr", "0.5", "2.25", "--clip", "none", "autoclip:10,window=5", "--check"]
-    main(run_rows(*options, "--out", str(tmp_path / "one")))
+    options = ["--lr", "0.5", "2.25", "--clip", "none", "autoclip:10,window=5"]
+    main(run_rows(*options, "--check", "--out", str(tmp_path / "one")))
     about = json.loads((tmp_path / "one" / "config.json").read_text())
     words = about["command"].split()
     assert words[:3] == ["python", "-m", "experiments"]

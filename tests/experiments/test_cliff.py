@@ -62,11 +62,20 @@ def test_a_step_goes_against_the_clipped_gradient(spec, cut):
     descent, move = jax.jit(cliff.step, static_argnums=(0, 1))(clip, 50, knobs, start)
     kept = cut(grad, clip.threshold)
     np.testing.assert_allclose(descent.point, np.array(point) - lr * kept, rtol=1e-6)
-    np.testing.assert_array_equal(move.point, np.float32(point))
+    np.testing.assert_array_equal(move.point, np.array(point, np.float32))
     assert descent.steepest == pytest.approx(np.linalg.norm(grad), rel=1e-4)
     assert move.clipped == (np.linalg.norm(kept) < np.linalg.norm(grad))
     cosine = grad @ kept / np.linalg.norm(grad) / np.linalg.norm(kept)
     assert move.cosine == pytest.approx(cosine, abs=1e-6)
+    assert move.kept_norm == pytest.approx(np.linalg.norm(kept), rel=1e-4)
+
+
+def test_the_steepest_gradient_is_remembered():
+    clip = clips.parse("none")
+    knobs = arms.Knobs(jnp.float32(0.1), jnp.float32(math.inf))
+    start = cliff.begin(clip, knobs, Point(*map(jnp.float32, PLAIN)))
+    descent, _ = cliff.step(clip, 2, knobs, start._replace(steepest=jnp.float32(9)))
+    assert descent.steepest == 9
 
 
 def test_the_plane_has_b_along_the_first_axis():
@@ -120,14 +129,20 @@ def test_a_run_that_is_stopped_goes_on_as_if_it_had_not_been(tmp_path):
         for lr in (0.1, 0.3)
         for arm in CONFIG.clip
     ]
-    paths = [np.stack([curves[f"5 path_{x}"][i] for x in "wb"]) for i in range(4)]
-    np.testing.assert_allclose([path[:, 0] for path in paths], [cliff.PATH_START] * 4)
-    _, grad = oracle(*cliff.PATH_START, length=5)
+    paths = np.stack([curves[f"5 path_{x}"] for x in "wb"], axis=-1)
+    assert paths.shape == (4, 9, 20, 2)
     for path, lr in zip(paths, (0.1, 0.1, 0.3, 0.3)):
-        assert path.shape == (2, 20)
-        moved = path[:, 1] - cliff.PATH_START
-        np.testing.assert_allclose(moved, -lr * grad, rtol=1e-2)
+        start = cliff.PATHS_W[0], cliff.PATHS_B[-1]
+        np.testing.assert_allclose(path[6, 0], start, rtol=1e-6)
+        moved = path[6, 1] - path[6, 0]
+        np.testing.assert_allclose(moved, -lr * oracle(*start, length=5)[1], rtol=1e-2)
     assert curves["5 error"].shape == (4, 2, 2)
+    for b, w in np.ndindex(2, 2):
+        point = np.array([cliff.STARTS_W[w], cliff.STARTS_B[b]])
+        for _ in range(20):
+            point = point - 0.3 * oracle(*point, length=5)[1]
+        end = curves["5 error"][2, b, w]
+        assert end == pytest.approx(oracle(*point, length=5)[0], rel=1e-3)
     far = oracle(cliff.SURFACE_W[1], cliff.SURFACE_B[0], length=5)[0]
     assert curves["5 surface"][0, -1] == pytest.approx(far, rel=1e-4)
 

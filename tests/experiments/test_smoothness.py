@@ -111,9 +111,8 @@ def test_nine_in_ten_noisy_points_are_below_the_line_whatever_the_units():
     noise = np.random.default_rng(1).lognormal(size=(2, 400))
     steep, smooth = noise[0], (1 + 2 * noise[0]) * noise[1]
     found = smoothness.fit(steep, smooth)
-    assert np.mean(smooth < found.l0 + found.l1 * steep) == pytest.approx(
-        0.9, abs=0.005
-    )
+    below = np.mean(smooth < found.l0 + found.l1 * steep)
+    assert below == pytest.approx(0.9, abs=0.005)
     scaled = smoothness.fit(1e3 * steep, 1e-2 * smooth)
     assert scaled == pytest.approx((1e-2 * found.l0, 1e-5 * found.l1), rel=1e-3)
 
@@ -166,8 +165,12 @@ HIGH, LOW, AROUND = [0.5, 0.6, 0.7, 0.8, 0.9, 0.95], [-0.5] * 6, [-0.2, 0.1] * 3
         (HIGH, HIGH, "smoothness grows with the gradient norm, as in Zhang et al.:"),
         (HIGH, AROUND, "as in Zhang et al., but not beyond what both follow in time:"),
         (LOW, LOW, "smoothness falls with the gradient norm, unlike in Zhang et al.:"),
-        (AROUND, HIGH, "smoothness and gradient norm are not clearly related, unlike"),
-        ([*HIGH[:5], NAN], HIGH, "are not clearly related"),
+        (
+            AROUND,
+            HIGH,
+            "smoothness has no clear relation to the gradient norm, unlike in",
+        ),
+        ([*HIGH[:5], NAN], HIGH, "has no clear relation"),
         (HIGH[:5], HIGH[:5], "no verdict from fewer than 6 seeds"),
     ],
 )
@@ -189,8 +192,8 @@ def test_the_table_has_a_line_per_arm_and_a_lost_run_supports_nothing():
         "2.50",
         "0.75 [-inf, 0.95]",
         "0.75 [0.50, 0.95]",
-        "0.5 [0.5, 0.5]",
-        "2 [2, 2]",
+        "0.5",
+        "2",
         "6",
     )
 

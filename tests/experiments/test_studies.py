@@ -4,24 +4,70 @@ import re
 
 import numpy as np
 import pytest
+from rich.table import Table
 
-from experiments import results
+from experiments import report, results
 from experiments.cli import main
 from experiments.config import UsageError
 from experiments.journal import Journal, Stopped
 from experiments.studies import STUDIES, data_parallel
 
 # Options that make every experiment small, lines in its results, and its figures.
+SMALL = "--seeds 2 --updates 30 --checks 2 --length 30 --hidden 16 --batch 4 "
 RUNS = {
-    "cliff": ("", 2, {"paths", "starts"}),
-    "limits": ("", 8, {"limits"}),
-    "data_parallel": ("--updates 20 --hidden 16 --clip autoclip", 2, {"meshes"}),
+    "explode": (
+        "--radius 0.9 1.1 --hidden 16 --steps 200 --seeds 2",
+        82,
+        {"norms", "dtypes", "clips"},
+    ),
+    "cliff": ("", 2, {"shares", "paths", "starts_50"}),
+    "direction": (
+        "--updates 20 --seeds 2 --clip clip:0.001 clip:1.0 --starts 4 "
+        "--cliff-updates 50 --length 10",
+        6,
+        {"cosines", "success"},
+    ),
     "temporal_order": (
         "--length 12 --updates 300 --checks 3 --seeds 3 --lr 0.1 0.3 --control 0.1 "
         "--control-length 12",
         15,
         {"success", "times", "map"},
     ),
+    "pathological": (
+        "--length 10 --updates 20 --checks 2 --seeds 2 --hidden 8",
+        6,
+        {"success", "times", "map"},
+    ),
+    "lr_window": (
+        "--lr 1 --updates 300 --seeds 3 --clip none clip_by_global_norm:0.1",
+        6,
+        {"losses", "maps"},
+    ),
+    "music": (f"{SMALL} --lr 1", 6, {"curves", "map"}),
+    "image_rows": (
+        "--updates 20 --seeds 2 --clip none clip_by_global_norm:0.1",
+        4,
+        {"curves", "map"},
+    ),
+    "char_lm": (f"{SMALL} --lr 2", 6, {"curves", "map"}),
+    "diagnose": (
+        "--setting digits --seeds 2 --updates 60",
+        8,
+        {"timeline", "delays"},
+    ),
+    "smoothness": (
+        "--seeds 2 --updates 16 --every 2 --batch 4 --probe 8 --length 10 --hidden 8",
+        4,
+        {"smoothness"},
+    ),
+    "thresholds": (
+        "--length 10 --updates 20 --checks 2 --seeds 2 --hidden 8 --threshold 1 "
+        "--clip clip_by_leaf_norm:1",
+        6,
+        {"thresholds", "methods"},
+    ),
+    "limits": ("", 8, {"limits"}),
+    "data_parallel": ("--updates 20 --hidden 16 --clip autoclip", 2, {"meshes"}),
 }
 
 
@@ -78,7 +124,7 @@ def test_the_page_needs_no_other_file_and_tells_how_to_repeat_it(run):
     assert page.count("<li>") == len(verdict) > 0
 
 
-def test_cliff_limits_and_data_parallel_keep_their_findings(run):
+def test_findings_are_kept(run):
     name, directory = run
     found = results.load(directory).rows
     if name == "cliff":
@@ -94,6 +140,12 @@ def test_cliff_limits_and_data_parallel_keep_their_findings(run):
         left = [1.64, 3.04, 1.42, 0.97, 0.78, 1.34, 1.55, 0.90]
         assert [x["spike_kept"] for x in found] == pytest.approx(left, abs=0.01)
         assert [x["state"] for x in found] == [0, 2, 2, 3, 201, 257, 201, 1]
+    if name == "lr_window":
+        accuracy = {row["arm"]: [] for row in found}
+        for row in found:
+            accuracy[row["arm"]].append(1 - row["final_error"])
+        assert max(accuracy["none"]) < 0.4
+        assert min(accuracy["clip_by_global_norm:0.1"]) > 0.8
     if name == "data_parallel":
         alone, spread = found
         assert (alone["mesh"], spread["mesh"]) == ("1x1", "4x2")
@@ -121,7 +173,7 @@ def test_a_run_that_was_stopped_is_resumed_bit_for_bit(tmp_path, monkeypatch, ca
             start("temporal_order", tmp_path / "stopped")
     assert stopped.value.code == 130
     told = capsys.readouterr().err.splitlines()[-1]
-    assert told.endswith(f"To go on: python -m experiments resume {tmp_path / 'stopped'}")
+    assert told.endswith(f"python -m experiments resume {tmp_path / 'stopped'}")
     main(["resume", str(tmp_path / "stopped")])
     whole, resumed = (results.load(tmp_path / name) for name in ("whole", "stopped"))
     np.testing.assert_equal(resumed.curves, whole.curves)
@@ -159,3 +211,14 @@ def test_run_directories_are_numbered_and_never_reused(tmp_path, monkeypatch):
     (tmp_path / "runs" / "demo-1" / "notes.txt").write_text("mine")
     with pytest.raises(UsageError, match="not empty"):
         results.create(tmp_path / "runs" / "demo-1", "demo")
+
+
+def test_an_interval_is_not_taken_for_markup(tmp_path):
+    table = Table("loss")
+    table.add_row("[inf, inf]")
+    about = {"config": {"experiment": "name"}, "command": "run & see"}
+    path = report.write_page(tmp_path, about, "what <is> it?", table, ["a < b"], [])
+    page = path.read_text()
+    assert "[inf, inf]" in page
+    for text in ("run &amp; see", "what &lt;is&gt; it?", "<li>a &lt; b</li>"):
+        assert text in page
