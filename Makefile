@@ -19,7 +19,7 @@ demo: $(VENV)/.demo
 	$(PY) -m experiments suite cliff temporal_order lr_window image_rows
 
 test: $(VENV)/.test
-	$(PY) -m pytest -n auto
+	$(PY) -m pytest -n auto --dist loadgroup
 
 lint: $(VENV)/.dev
 	$(PY) -m ruff check .

@@ -15,6 +15,9 @@ from oracles import agc_ratio, norm, units
 import optaxclip
 from optaxclip import bounds, clip_by, scopes, shapes
 
+# To compile sooner, where bits do not matter: XLA does all it does, LLVM does less.
+FAST = {"xla_backend_optimization_level": 0}
+
 
 class Case(NamedTuple):
     """A factory of one tunable number.
@@ -80,7 +83,18 @@ def _trust(updates, params):
 
 
 def _row(name, make, cells, **kwargs):
-    return Case(name, make, cells, **{"function": name.split(":")[0], **kwargs})
+    function = name.split(":")[0]
+    return Case(name, _once(make), cells, **{"function": function, **kwargs})
+
+
+def _once(make):
+    """Makes one transformation for each float, so that jit compiles it only once."""
+    return lambda c: _made(make, c) if type(c) is float else make(c)
+
+
+@functools.lru_cache(maxsize=8)  # more than the laws use again of one row
+def _made(make, c):
+    return make(c)
 
 
 CASES = [

@@ -21,12 +21,9 @@ def clipped_norm(tx, leaves):
     return norm([np.asarray(leaf).astype(np.float64) for leaf in out])
 
 
-@pytest.mark.parametrize("count", [1000, 5000])
-def test_many_bf16_leaves_are_clipped_to_the_bound(count):
+def test_many_bf16_leaves_are_clipped_to_the_bound():
     rng = np.random.default_rng(0)
-    leaves = [
-        jnp.asarray(rng.normal(size=20) * 0.1, jnp.bfloat16) for _ in range(count)
-    ]
+    leaves = [jnp.asarray(rng.normal(size=20) * 0.1, jnp.bfloat16) for _ in range(5000)]
     assert norm([np.asarray(x, np.float64) for x in leaves]) > 10
     got = clipped_norm(optaxclip.clip_by_global_norm(1.0), leaves)
     np.testing.assert_allclose(got, 1.0, rtol=1e-3)

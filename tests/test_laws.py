@@ -1,5 +1,6 @@
 """The laws that every clip obeys, each over the table of factories."""
 
+import functools
 import inspect
 import math
 import re
@@ -11,15 +12,22 @@ import numpy as np
 import optax
 import pytest
 from oracles import new_magnitude, wide
-from tables import CASES, HARD, LEARNED, applied, eps, label, tree
+from tables import BY_NAME, CASES, FAST, HARD, LEARNED, applied, eps, label, tree
 
 import optaxclip
 from optaxclip import bounds
 
 pytestmark = pytest.mark.usefixtures("strict")
 
-every = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-every_hard = pytest.mark.parametrize("case", HARD, ids=lambda case: case.name)
+
+def rows(cases):
+    """All laws of one row after another, for they share what jit has compiled."""
+    return pytest.mark.parametrize(
+        "case", cases, ids=lambda case: case.name, scope="module"
+    )
+
+
+every, every_hard = rows(CASES), rows(HARD)
 
 RANGES = [
     (jnp.float32, 1e-30),
@@ -325,7 +333,7 @@ def test_a_second_call_does_not_trace_again(case):
     updates = tree(jnp.float32)
     traces = []
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=FAST)
     def update(*args):
         traces.append(1)
         return tx.update(*args)
@@ -377,44 +385,54 @@ def test_order_and_names_of_leaves_do_not_matter(case):
     chex.assert_trees_all_close(got, want, rtol=4 * eps(jnp.float32))
 
 
+@functools.lru_cache(maxsize=1)
+def slopes(name):
+    """Derivatives by updates, params and limit: along tangents, and backwards."""
+    make = BY_NAME[name].make
+
+    def run(u, p, c):
+        tx = make(c)
+        return tx.update(u, tx.init(u), p)[0]
+
+    @functools.partial(jax.jit, compiler_options=FAST)
+    def both(point, tangents, cotangents):
+        _, push = jax.linearize(run, *point)
+        return push(*tangents), jax.linear_transpose(push, *point)(cotangents)
+
+    return both
+
+
 @every
 def test_derivatives_are_finite_at_zero(case):
     params = tree(jnp.float32, seed=1)
     zeros = jax.tree.map(jnp.zeros_like, params)
-    run = jax.jit(lambda u, p, c: case.make(c).update(u, case.make(c).init(u), p)[0])
-    tangent = jax.tree.map(jnp.ones_like, params)
-    _, forward = jax.jvp(run, (zeros, zeros, 0.5), (tangent, tangent, 1.0))
-    _, pull = jax.vjp(run, zeros, zeros, 0.5)
-    for leaf in jax.tree.leaves((forward, pull(tangent))):
-        assert np.isfinite(np.asarray(leaf)).all()
+    ones = jax.tree.map(jnp.ones_like, params)
+    point, tangents = (zeros, zeros, jnp.float32(0.5)), (ones, ones, jnp.float32(1))
+    for leaf in jax.tree.leaves(slopes(case.name)(point, tangents, ones)):
+        assert np.isfinite(leaf).all()
 
 
 @every
 @pytest.mark.parametrize("magnitude", [1e-30, 3e30])
 def test_derivatives_are_finite_at_the_ends_of_the_range(case, magnitude):
     updates, params = tree(jnp.float32, magnitude), tree(jnp.float32, seed=1)
-    limit = jnp.float32(magnitude / 2)
-    run = jax.jit(
-        lambda u: case.make(limit).update(u, case.make(limit).init(u), params)[0]
-    )
-    _, pull = jax.vjp(run, updates)
-    for leaf in jax.tree.leaves(pull(jax.tree.map(jnp.ones_like, updates))):
-        assert np.isfinite(np.asarray(leaf)).all()
+    ones, limit = jax.tree.map(jnp.ones_like, updates), jnp.float32(magnitude / 2)
+    point, tangents = (updates, params, limit), (ones, ones, jnp.float32(1))
+    _, (by_updates, _, _) = slopes(case.name)(point, tangents, ones)
+    for leaf in jax.tree.leaves(by_updates):
+        assert np.isfinite(leaf).all()
 
 
-@pytest.mark.parametrize(
-    "case", [c for c in CASES if c.name.startswith("normalize")], ids=lambda c: c.name
-)
+@rows([case for case in CASES if case.name.startswith("normalize")])
 def test_derivatives_are_finite_where_tiny_updates_are_raised(case):
     """They are about the limit over the magnitude."""
     updates, params = tree(jnp.float32, 1e-30), tree(jnp.float32, seed=1)
-    tx = case.make(1.0)
-    run = jax.jit(lambda u: tx.update(u, tx.init(u), params)[0])
     tangent = jax.tree.map(lambda u: u / 1e-30, updates)
-    _, forward = jax.jvp(run, (updates,), (tangent,))
-    _, pull = jax.vjp(run, updates)
-    for leaf in jax.tree.leaves((forward, pull(tangent))):
-        assert np.isfinite(np.asarray(leaf)).all()
+    point = updates, params, jnp.float32(1)
+    along = tangent, jax.tree.map(jnp.zeros_like, params), jnp.float32(0)
+    forward, (by_updates, _, _) = slopes(case.name)(point, along, tangent)
+    for leaf in jax.tree.leaves((forward, by_updates)):
+        assert np.isfinite(leaf).all()
 
 
 @every
@@ -430,18 +448,22 @@ def test_derivatives_are_those_of_finite_differences(case):
             moved = jax.tree.map(lambda u, d: u + t * d, updates, direction)
             return case.make(0.7).update(moved, case.make(0.7).init(moved), params)[0]
 
+        @functools.partial(jax.jit, compiler_options=FAST)
+        def sloped(t):
+            slope = jax.jvp(run, (t,), (jnp.ones_like(t),))[1]
+            return run(t), slope, jax.jacrev(run)(t)
+
         h = 1e-6
-        _, slope = jax.jvp(run, (0.0,), (1.0,))
-        reverse = jax.jacrev(run)(0.0)
+        (low, *_), (_, slope, reverse), (high, *_) = map(sloped, (-h, 0.0, h))
         for name in updates:
-            numeric = (np.asarray(run(h)[name]) - np.asarray(run(-h)[name])) / (2 * h)
+            numeric = (np.asarray(high[name]) - np.asarray(low[name])) / (2 * h)
             np.testing.assert_allclose(slope[name], numeric, rtol=1e-6, atol=1e-7)
             np.testing.assert_allclose(
                 reverse[name], slope[name], rtol=1e-9, atol=1e-12
             )
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.twin], ids=lambda c: c.name)
+@rows([case for case in CASES if case.twin])
 @pytest.mark.parametrize("limit", [1e-3, 0.5, 1e3])
 def test_equals_optax_where_optax_is_right(case, limit):
     updates, params = tree(jnp.float32, 3.0), tree(jnp.float32, seed=1)
@@ -453,11 +475,7 @@ def test_equals_optax_where_optax_is_right(case, limit):
     )
 
 
-@pytest.mark.parametrize(
-    "case",
-    [c for c in HARD if "global" in c.name],
-    ids=lambda c: c.name,
-)
+@rows([case for case in HARD if "global" in case.name])
 def test_a_global_clip_keeps_the_direction(case):
     updates = tree(jnp.float32, 5.0)
     out = applied(case.make(0.3), updates)

@@ -11,13 +11,14 @@ import optax
 import orbax.checkpoint
 import pytest
 from oracles import new_magnitude
-from tables import LEARNED
+from tables import FAST, LEARNED
 
 import optaxclip
 from optaxclip import bounds, clip_by, scopes
 
 pytestmark = pytest.mark.usefixtures("strict")
 
+ROWS = {row.name: row for row in LEARNED}
 STEPS = 200
 LATE = 50  # by then every row has limits
 
@@ -25,8 +26,17 @@ LATE = 50  # by then every row has limits
 def law(*names, slow=False):
     """The rows that obey all of these laws; one of each kind if that is slow to try."""
     rows = [row for row in LEARNED if not {*names} & {*(row.exempt or {})}]
-    rows = [row for row in rows if not (slow and row.like)]
-    return pytest.mark.parametrize("row", rows, ids=lambda row: row.name)
+    return each([row for row in rows if not (slow and row.like)])
+
+
+def each(rows):
+    return pytest.mark.parametrize("row", [row.name for row in rows], indirect=True)
+
+
+@pytest.fixture(scope="module")
+def row(request):
+    """All laws of one row after another, for they share what jit has compiled."""
+    return ROWS[request.param]
 
 
 def _gradients(seed=0):
@@ -44,7 +54,6 @@ GRADIENTS = _gradients()
 # Numbers that bfloat16 and float16 hold.
 PARAMS = jax.tree.map(lambda g: np.round(8 + 8 * np.abs(g[0])) / 8, _gradients(1))
 NARROW = {"bb": jnp.bfloat16, "cc": jnp.float16, "w": jnp.float32}
-FAST = {"xla_backend_optimization_level": 0}  # to compile, where bits do not matter
 
 
 def at(tree, steps):
@@ -74,7 +83,7 @@ def scanned(tx, updates):
 
 @functools.cache
 def _compiled(name):
-    (row,) = [row for row in LEARNED if row.name == name]
+    row = ROWS[name]
     run = jax.jit(lambda updates: scanned(row.make(), updates))
     with promoting(row):
         return run.lower(GRADIENTS).compile()
@@ -259,11 +268,7 @@ def test_a_lasting_rise_of_scale_is_followed(row):
     assert min(rise(row)) > 100
 
 
-@pytest.mark.parametrize(
-    "row",
-    [r for r in LEARNED if "published" in (r.exempt or {}).get("rise", "")],
-    ids=lambda row: row.name,
-)
+@each([r for r in LEARNED if "published" in (r.exempt or {}).get("rise", "")])
 def test_a_published_rule_never_follows_a_rise_of_scale(row):
     assert max(rise(row)) < 10
 
@@ -305,7 +310,7 @@ AFTER = slice(LATE + 1, LATE + 3)
 
 @functools.cache
 def _eager(name):
-    (row,) = [row for row in LEARNED if row.name == name]
+    row = ROWS[name]
     return stepped(row.make(), known(row), at(GRADIENTS, AFTER))
 
 
@@ -392,11 +397,7 @@ def test_vmap_over_the_number_that_is_tuned(row):
         bitwise(at(outs, -1), GRADIENTS)
 
 
-@pytest.mark.parametrize(
-    "row",
-    [row for row in LEARNED if row.free is not None and not row.like],
-    ids=lambda row: row.name,
-)
+@each([row for row in LEARNED if row.free is not None and not row.like])
 def test_inf_is_no_limit_for_updates_that_are_all_the_same(row):
     tx = row.make(**{row.tuned: row.free})
     same = jax.tree.map(lambda p: np.stack([p] * 6), PARAMS)
@@ -477,9 +478,8 @@ SMOOTH = [
 ]
 
 
-@pytest.mark.parametrize("name", SMOOTH)
-def test_derivatives_are_those_of_finite_differences(name):
-    (row,) = [row for row in LEARNED if row.name == name]
+@each([ROWS[name] for name in SMOOTH])
+def test_derivatives_are_those_of_finite_differences(row):
     tx = row.make()
     with jax.enable_x64(True), promoting(row):
         first, second = (
@@ -583,7 +583,12 @@ def test_in_multisteps_in_apply_if_finite(row):
 
 
 def test_orbax_restores_every_state_bit_for_bit(tmp_path):
-    states = {f"row{i}": known(row) for i, row in enumerate(LEARNED)}
+    rng = np.random.default_rng(0)
+    draw = lambda x: jnp.asarray(100 * rng.normal(size=x.shape), x.dtype)
+    states = {
+        f"row{i}": jax.tree.map(draw, jax.eval_shape(row.make().init, PARAMS))
+        for i, row in enumerate(LEARNED)
+    }
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     like = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), states

@@ -35,6 +35,7 @@ from meshes import (
     updates,
 )
 from oracles import norm
+from tables import FAST
 
 import optaxclip
 from optaxclip import bounds, clip_by, norms, scopes
@@ -252,7 +253,7 @@ def test_one_sum_for_each_set_of_axes_however_many_leaves(name, tracked):
     if name == "unit" or not tracked:
         tx = optaxclip.sharded(tx, specs)
     f = mapped(lambda u: tx.update(u, None)[0], (specs,), specs, tracked)
-    text = jax.jit(f).lower(leaves).compile().as_text()
+    text = jax.jit(f).lower(leaves).compile(FAST).as_text()
     sums = all_reduced(text)
     assert sorted(map(len, sums)) == numbers
     assert max(map(max, sums), default=0) == largest
@@ -322,29 +323,39 @@ def test_vmap_outside(tracked):
     check_equal(jax.jit(jax.vmap(f))(stacked()), stack_on_one_device())
 
 
-@pytest.mark.parametrize("tracked", [True, False])
-def test_every_device_for_itself(tracked):
-    # Examples of their own on the devices along d; some overflow in the first pass.
-    rows = {
-        "global": optaxclip.recorded(optaxclip.zclip(max_norm=0.5)),
-        "unit": optaxclip.recorded(optaxclip.clip_by_unit_norm(0.5)),
-        "element": optaxclip.recorded(optaxclip.clip(0.5)),
-        "jointly": clip_by(scopes.unit(), bounds.jointly(bounds.ema(1.5, warmup=1))),
-    }
-    alone = {name: optaxclip.sharded(tx, ()) for name, tx in rows.items()}
+ALONE = {
+    "global": optaxclip.recorded(optaxclip.zclip(max_norm=0.5)),
+    "unit": optaxclip.recorded(optaxclip.clip_by_unit_norm(0.5)),
+    "element": optaxclip.recorded(optaxclip.clip(0.5)),
+    "jointly": clip_by(scopes.unit(), bounds.jointly(bounds.ema(1.5, warmup=1))),
+}
 
+
+def examples():
+    """One for each device; some overflow, or vanish, in the first pass."""
+    factors = np.float32([1, 1e25, 1, 1, 1e-30, 1, 2, 3])
+    lay = lambda x: np.multiply.outer(factors, x).astype(np.float32)
+    return jax.tree.map(lay, updates(6))
+
+
+def two_steps_each(rows):
     def two_steps(tx, u):
         step = lambda state, size: tx.update(jax.tree.map(size.__mul__, u), state)[::-1]
         return lax.scan(step, tx.init(u), jnp.array([1.0, 2.0]))
 
-    run = lambda rows: jax.vmap(
-        lambda u: {name: two_steps(tx, u) for name, tx in rows.items()}
-    )
-    factors = np.float32([1, 1e25, 1, 1, 1e-30, 1, 2, 3])
-    lay = lambda x: np.multiply.outer(factors, x).astype(np.float32)
-    examples = jax.tree.map(lay, updates(6))
-    got = jax.jit(mapped(run(alone), (P("d"),), P("d"), tracked))(examples)
-    check_equal(got, jax.jit(run(rows))(examples))
+    return jax.vmap(lambda u: {name: two_steps(tx, u) for name, tx in rows.items()})
+
+
+@functools.cache
+def two_steps_on_one_device():
+    return jax.jit(two_steps_each(ALONE))(examples())
+
+
+@pytest.mark.parametrize("tracked", [True, False])
+def test_every_device_for_itself(tracked):
+    alone = {name: optaxclip.sharded(tx, ()) for name, tx in ALONE.items()}
+    run = mapped(two_steps_each(alone), (P("d"),), P("d"), tracked)
+    check_equal(jax.jit(run)(examples()), two_steps_on_one_device())
 
 
 def test_an_axis_that_is_not_mapped_is_followed_by_the_compiler():
@@ -417,7 +428,7 @@ def derivatives(where):
     run = functools.partial(pushed_and_pulled, f)
     if where == "inside":
         run = mapped(run, (SPECS,) * 3, (out, SPECS))
-    return jax.jit(run)
+    return jax.jit(run, compiler_options=FAST)
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.0, 1e-30])
@@ -476,14 +487,23 @@ ANY_LEAF = {
 }
 
 
+def clipped_leaves(u):
+    rows = {name: optaxclip.sharded(tx, ODD) for name, tx in ANY_LEAF.items()}
+    return {name: one_step(tx, u, u)[0] for name, tx in rows.items()}
+
+
+@functools.cache
+def clipped_leaves_on_one_device():
+    # Under jit specs are not needed, and do no harm.
+    return jax.jit(clipped_leaves)(odd())
+
+
 @pytest.mark.usefixtures("strict")
 @pytest.mark.parametrize("tracked", [True, False])
 def test_leaves_of_any_kind(tracked):
-    rows = {name: optaxclip.sharded(tx, ODD) for name, tx in ANY_LEAF.items()}
-    step = lambda u: {name: one_step(tx, u, u)[0] for name, tx in rows.items()}
-    # Under jit specs are not needed, and do no harm.
-    want = jax.jit(step)(odd())
-    got = jax.jit(mapped(step, (ODD,), dict.fromkeys(rows, ODD), tracked))(odd())
+    out = dict.fromkeys(ANY_LEAF, ODD)
+    want = clipped_leaves_on_one_device()
+    got = jax.jit(mapped(clipped_leaves, (ODD,), out, tracked))(odd())
     assert jax.tree.structure(got) == jax.tree.structure(want)
     for (path, g), w in zip(
         jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True

@@ -36,6 +36,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 from rich.box import SIMPLE
 from rich.table import Column, Table
+from rich.text import Text
 
 from experiments import arms, models, outcomes, plots, stats, train
 from experiments.config import TrainingConfig, check_counts, check_different, require
@@ -231,7 +232,7 @@ def table(rows: Rows) -> Table:
     )
     for setting, clips in _by_setting(rows).items():
         result.add_section()
-        result.add_row(f"[bold]{setting}")
+        result.add_row(Text(setting, style="bold"))
         for arm, found in clips.items():
             none = clips.get("none", found)
             wider = found.window.width - none.window.width

@@ -28,6 +28,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 from rich.box import SIMPLE
 from rich.table import Column, Table
+from rich.text import Text
 
 from experiments import arms, clips, models, outcomes, plots, stats, train
 from experiments.config import (
@@ -291,7 +292,7 @@ def table(rows: Rows) -> Table:
     )
     for task, runs in _by_task(rows):
         result.add_section()
-        result.add_row(f"[bold]{task}")
+        result.add_row(Text(task, style="bold"))
         for arm, found in ranked(runs).items():
             result.add_row(
                 arm,

@@ -128,12 +128,12 @@ def test_list_names_every_experiment(capsys):
 def test_help_of_an_experiment_shows_the_defaults_of_the_tier(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     tiers = STUDIES["temporal_order"].tiers
-    assert len({config.updates for config in tiers.values()}) == len(tiers)
+    assert len({config.seeds for config in tiers.values()}) == len(tiers)
     for tier, config in tiers.items():
         with pytest.raises(SystemExit) as stopped:
             main(["run", "temporal_order", "--tier", tier, "--help"])
         assert stopped.value.code == 0
-        assert f"(default: {config.updates})" in capsys.readouterr().out
+        assert f"(default: {config.seeds})" in capsys.readouterr().out
 
 
 @pytest.fixture

@@ -82,7 +82,11 @@ def start(name, directory):
         main(["run", name, "--out", str(directory), *options])
 
 
-@pytest.fixture(scope="module", params=RUNS)
+# Tests of one run are for one worker, which then makes it only once.
+ONCE = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in RUNS]
+
+
+@pytest.fixture(scope="module", params=ONCE)
 def run(request, tmp_path_factory):
     directory = tmp_path_factory.mktemp("runs") / request.param
     start(request.param, directory)
@@ -156,8 +160,13 @@ def test_findings_are_kept(run):
             assert spread[same] == pytest.approx(alone[same], rel=1e-3)
 
 
-def test_a_run_that_was_stopped_is_resumed_bit_for_bit(tmp_path, monkeypatch, capsys):
-    start("temporal_order", tmp_path / "whole")
+@pytest.mark.parametrize(
+    "run", [ONCE[list(RUNS).index("temporal_order")]], indirect=True
+)
+def test_a_run_that_was_stopped_is_resumed_bit_for_bit(
+    run, tmp_path, monkeypatch, capsys
+):
+    name, directory = run
     pieces = iter([False, False, False, False, True])
     advance = Journal.advance
 
@@ -170,16 +179,15 @@ def test_a_run_that_was_stopped_is_resumed_bit_for_bit(tmp_path, monkeypatch, ca
         patch.setattr(Journal, "_is_due", lambda journal: True)
         patch.setattr(Journal, "advance", stop_once)
         with pytest.raises(SystemExit) as stopped:
-            start("temporal_order", tmp_path / "stopped")
+            start(name, tmp_path)
     assert stopped.value.code == 130
     told = capsys.readouterr().err.splitlines()[-1]
-    assert told.endswith(f"python -m experiments resume {tmp_path / 'stopped'}")
-    main(["resume", str(tmp_path / "stopped")])
-    whole, resumed = (results.load(tmp_path / name) for name in ("whole", "stopped"))
+    assert told.endswith(f"python -m experiments resume {tmp_path}")
+    main(["resume", str(tmp_path)])
+    whole, resumed = results.load(directory), results.load(tmp_path)
     np.testing.assert_equal(resumed.curves, whole.curves)
-    for rows in (whole.rows, resumed.rows):
-        for row in rows:
-            row["seconds"] = None
+    for row in (*whole.rows, *resumed.rows):
+        row["seconds"] = None
     np.testing.assert_equal(resumed.rows, whole.rows)
 
 

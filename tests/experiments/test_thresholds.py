@@ -208,7 +208,7 @@ def test_the_verdict_weighs_thresholds_the_rule_and_the_methods():
 
 
 def test_the_table_ranks_the_clips_of_each_task():
-    console = Console(width=120, file=io.StringIO())
+    console = Console(width=120, file=io.StringIO(), markup=False)
     console.print(thresholds.table(ROWS))
     lines = [line.split() for line in console.file.getvalue().splitlines()]
     torder, music = lines.index(["torder"]), lines.index(["music"])
