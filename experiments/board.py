@@ -4,6 +4,7 @@ import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 
+from experiments import devices
 from experiments.config import UsageError
 from experiments.journal import Board
 
@@ -17,13 +18,16 @@ def require() -> None:
 
 
 def open_board(directory: Path) -> Board:
-    """Returns what writes numbers into a directory, a run of TensorBoard per arm."""
+    """Returns what writes numbers into a directory, a run of TensorBoard per arm.
+
+    Of several processes the first writes.
+    """
     from tensorboardX import SummaryWriter
 
     writers: dict[Path, SummaryWriter] = {}
 
     def write(part: str, step: int, numbers: Mapping[str, Mapping[str, float]]) -> None:
-        for arm, values in numbers.items():
+        for arm, values in numbers.items() if devices.is_first() else ():
             place = directory / f"{part} {arm}".replace("/", "-")
             if place not in writers:
                 writers[place] = SummaryWriter(str(place))

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import io
+import json
 import re
 import sys
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from experiments import board, devices, progress, report, results
+from experiments import board, devices, journal, progress, report, results
 from experiments.config import Config, Tier, UsageError, check_different
 from experiments.devices import Machine
 from experiments.journal import Journal, Stopped, stopping
@@ -114,13 +115,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 with devices.use(machine):
                     resume(directory, console)
             case Plot(directory):
-                for path in _runs(directory):
-                    show(path, console)
+                plot(directory, console)
     except UsageError as error:
         _refuse(str(error))
     except OSError as error:
         where = "" if error.filename is None else f"{error.filename}: "
-        _refuse(f"{where}{error.strerror}.")
+        _refuse(f"{where}{error.strerror or error}.")
     except KeyboardInterrupt:
         print(f"{PROG}: stopped.", file=sys.stderr)
         sys.exit(STOPPED)
@@ -165,16 +165,17 @@ def resume(directory: Path, console: Console) -> None:
     for path in devices.from_first(lambda: _runs(directory)):
         if devices.from_first(lambda path=path: results.is_finished(path)):
             console.print(f"{path} is finished", soft_wrap=True, highlight=False)
+            if devices.is_first():
+                journal.remove(path)
+                if not (path / report.NAME).is_file():
+                    show(path, console)
             continue
         about = devices.from_first(lambda path=path: results.read_about(path))
         study = _study(path, about)
         config = results.read_config(about, type(study.tiers["smoke"]))
-        if about["device"] != results.device():
-            raise UsageError(
-                f"{path} was begun on {about['device']}, and here is "
-                f"{results.device()}: see --devices. Elsewhere, run it again: "
-                f"{about['command']}"
-            )
+        _check_same(path, about, study.facts(config))
+        if about["tensorboard"]:
+            board.require()
         work(path, config, directory, about["tensorboard"], console)
 
 
@@ -185,28 +186,51 @@ def work(
     study = STUDIES[config.experiment]
     log = board.open_board(directory / "tensorboard") if tensorboard else None
     with progress.bar(console) as bar, jax.default_matmul_precision(PRECISION):
-        journal = Journal(directory, bar, log if devices.is_first() else None)
+        kept = Journal(directory, bar, log)
         try:
-            with stopping(journal):
-                rows, curves = study.run(config, journal)
+            with stopping(kept):
+                rows, curves = study.run(config, kept)
         except Stopped:
             bar.stop()
-            print(
-                f"{PROG}: stopped, nothing is lost. To go on: {PROG} resume {top}",
-                file=sys.stderr,
-            )
-            sys.exit(STOPPED)
+            _stop(top)
+        except (jax.errors.JaxRuntimeError, AssertionError) as error:
+            # Too little memory; or what --check has found.
+            reason = str(error).strip().partition("\n")[0]
+            raise UsageError(f"{config.experiment} cannot go on: {reason}") from error
+    kept.keep()
     if devices.is_first():
         results.finish(directory, rows, curves)
-        journal.finish()
+        kept.finish()
         show(directory, console)
+    if devices.any_of(kept.stopping):
+        _stop(top)
+
+
+def plot(directory: Path, console: Console) -> None:
+    """Shows all runs in a directory that are finished, and names the others."""
+    finished = {path: results.is_finished(path) for path in _runs(directory)}
+    for path in (path for path, is_finished in finished.items() if is_finished):
+        show(path, console)
+    unfinished = [
+        str(path) for path, is_finished in finished.items() if not is_finished
+    ]
+    if len(unfinished) == len(finished):
+        raise UsageError(f"no finished run is in {', '.join(unfinished)}: see resume.")
+    for name in unfinished:
+        console.print(f"{name} is not finished", soft_wrap=True, highlight=False)
 
 
 def show(directory: Path, console: Console) -> None:
     """Prints and draws what is stored in a run directory, and makes a page of it."""
     found = results.load(directory)
     study = _study(directory, found.about)
-    table, verdict = study.table(found.rows), study.verdict(found.rows)
+    try:
+        table, verdict = study.table(found.rows), study.verdict(found.rows)
+    except KeyError as error:
+        raise UsageError(
+            f"{directory} was made by another version, without {error}. Run it again: "
+            f"{found.about['command']}"
+        ) from error
     console.print(table)
     for line in verdict:
         console.print(line, soft_wrap=True, highlight=False)
@@ -224,9 +248,27 @@ def _runs(directory: Path) -> list[Path]:
     return runs
 
 
+def _check_same(directory: Path, about: dict[str, Any], facts: Any) -> None:
+    """Refuses to go on with other data, or elsewhere: the bits would differ."""
+    now = json.loads(json.dumps({**facts, **results.surroundings()}, default=str))
+    for name, value in now.items():
+        if about.get(name) != value:
+            raise UsageError(
+                f"{directory} was begun with {name} {about.get(name)}, and here it is "
+                f"{value}. To run it again: {about['command']}"
+            )
+
+
+def _stop(top: Path) -> NoReturn:
+    if devices.is_first():
+        told = "stopped, what is done is kept. To go on"
+        print(f"{PROG}: {told}: {PROG} resume {top}", file=sys.stderr)
+    sys.exit(STOPPED)
+
+
 def _study(directory: Path, about: dict[str, Any]) -> Study:
     name = about["config"].get("experiment")
-    if name not in STUDIES:
+    if not isinstance(name, str) or name not in STUDIES:
         raise UsageError(f"{directory} holds no run of {', '.join(STUDIES)}.")
     return STUDIES[name]
 

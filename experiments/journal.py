@@ -8,6 +8,8 @@ finished, and goes on bit for bit as if it had never been stopped.
 """
 
 import contextlib
+import hashlib
+import json
 import shutil
 import signal
 import time
@@ -25,7 +27,7 @@ from experiments.config import UsageError
 
 Records = dict[str, np.ndarray]
 Board = Callable[[str, int, Mapping[str, Mapping[str, float]]], None]
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, DIGESTS = "checkpoints", "digests.json"
 # Seconds between two checkpoints: what a kill without warning can cost.
 INTERVAL = 20.0
 
@@ -61,6 +63,7 @@ class Journal:
     Several processes keep one journal: all come to the same point, the first writes.
 
     Attributes:
+      stopping: whether the user or the system has asked to stop.
       board: shows numbers elsewhere while they are made: takes the name of a part, the
         number of updates, and the numbers by arm and name. None: nobody looks.
     """
@@ -73,7 +76,8 @@ class Journal:
         self._progress = progress
         self._bar = progress.add_task("", total=None, best="")
         self._directory = directory / CHECKPOINTS
-        self._stopping = False
+        self._parts: set[str] = set()
+        self.stopping = False
         self._saved = time.monotonic()
         self._kept = devices.from_first(lambda: _restore(self._directory))
 
@@ -88,7 +92,7 @@ class Journal:
           Stopped: if the user asked to stop.
         """
         self._progress.update(self._bar, advance=updates, best=best)
-        if devices.any_of(self._stopping):
+        if devices.any_of(self.stopping):
             raise Stopped
 
     def carry(
@@ -122,12 +126,15 @@ class Journal:
         Raises:
           Stopped: if the user asked to stop; what is done is kept.
         """
+        if part in self._parts:
+            raise ValueError(f"part must be a new name, got part={part!r}.")
+        self._parts.add(part)
         finished = self._kept.finished
         if part in finished:
             self.advance(sum(pieces))
             return finished[part]
-        began = time.perf_counter()
-        (state, first), done = begin(), 0
+        began, done = time.perf_counter(), 0
+        state, first = begin()
         records = [first]
         if self._kept.part == part:
             structure = jax.tree.structure(pack(state))
@@ -136,33 +143,44 @@ class Journal:
             self.advance(sum(pieces[:done]))
         for piece in pieces[done:]:
             state, found = advance(state, piece)
-            now = time.perf_counter()
-            records.append(found | {"seconds": np.array([now - began])})
-            began, done = now, done + 1
+            seconds = time.perf_counter() - began
+            records.append(found | {"seconds": np.array([seconds])})
+            done += 1
             if devices.any_of(self._is_due()):
                 leaves = jax.tree.leaves(pack(state))
                 self._keep(Kept(finished, part, done, leaves, _joined(records)))
             self.advance(piece, best(found))
+            began = time.perf_counter()
         records.append(end(state))
         finished[part] = _joined(records)
         return finished[part]
 
+    def keep(self) -> None:
+        """Keeps the records of all parts, which are finished."""
+        if self._kept.finished:
+            self._keep(Kept(self._kept.finished, None, 0, [], {}))
+
     def finish(self) -> None:
         """Throws away what is kept: the results are written."""
         if devices.is_first():
-            shutil.rmtree(self._directory, ignore_errors=True)
+            remove(self._directory.parent)
 
     def stop(self) -> None:
         """Asks to stop when the piece that is worked on is done."""
-        self._stopping = True
+        self.stopping = True
 
     def _is_due(self) -> bool:
-        return self._stopping or time.monotonic() - self._saved > INTERVAL
+        return self.stopping or time.monotonic() - self._saved > INTERVAL
 
     def _keep(self, kept: Kept) -> None:
         if devices.is_first():
             _save(self._directory, kept)
         self._saved = time.monotonic()
+
+
+def remove(directory: Path) -> None:
+    """Throws away what is kept in a run directory."""
+    shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -218,7 +236,11 @@ def _save(directory: Path, kept: Kept) -> None:
                 }
             )
             args = ocp.args.Composite(arrays=arrays, about=ocp.args.JsonSave(about))
-            manager.save((manager.latest_step() or 0) + 1, args=args)
+            step = (manager.latest_step() or 0) + 1
+            manager.save(step, args=args)
+        (directory / DIGESTS).write_text(
+            json.dumps({step: _digests(directory / str(step))})
+        )
     # A full disk shows itself in many ways.
     except Exception as error:
         raise UsageError(
@@ -228,24 +250,45 @@ def _save(directory: Path, kept: Kept) -> None:
 
 
 def _restore(directory: Path) -> Kept:
+    nothing = Kept({}, None, 0, [], {})
     if not directory.is_dir():
-        return Kept({}, None, 0, [], {})
+        return nothing
     try:
         with _manager(directory) as manager:
+            step = manager.latest_step()
+            if step is None:
+                return nothing
+            _check_digests(directory, step)
             args = ocp.args.Composite(
                 arrays=ocp.args.StandardRestore(), about=ocp.args.JsonRestore()
             )
-            step = manager.latest_step()
-            if step is None:
-                return Kept({}, None, 0, [], {})
             found = manager.restore(step, args=args)
     # So does a damaged file.
     except Exception as error:
         raise UsageError(
-            f"{directory} cannot be read: {_first_line(error)} Remove it to "
-            "start again."
+            f"{directory} cannot be read: {_first_line(error)} Remove it to start "
+            "again."
         ) from error
     return Kept(**found.arrays, **found.about)
+
+
+def _check_digests(directory: Path, step: int) -> None:
+    """Refuses files that have changed: orbax does not notice all of that."""
+    path = directory / DIGESTS
+    stored = json.loads(path.read_text()) if path.is_file() else {}
+    # None: a kill came between the checkpoint and its digests.
+    digests = stored.get(str(step))
+    if digests is not None and digests != _digests(directory / str(step)):
+        raise ValueError("its files have changed")
+
+
+def _digests(directory: Path) -> dict[str, str]:
+    """Returns a digest of every file of the checkpoint."""
+    return {
+        str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
 
 
 def _first_line(error: Exception) -> str:

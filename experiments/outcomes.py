@@ -1,9 +1,9 @@
 """What comes out of training many runs: a row per run, and how clips compare.
 
 A run that diverged stays in, and counts as the worst. Every clip is run at the same
-learning rates, and is compared with others at its own best one: that is chosen on the
-first half of the seeds, and what it gives is read off the other half, so that nobody
-is rewarded for having tried often.
+learning rates, and is compared with others at its own best one: that is chosen on a
+few of the seeds, and what it gives is read off the others, so that nobody is rewarded
+for having tried often.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,6 +17,8 @@ from experiments.results import Rows
 
 # Fewest runs of each of two arms by which they are compared.
 FEWEST = 4
+# Fewest and most seeds that choose a learning rate, if there are twice as many.
+CHOOSE = 2, 5
 
 
 def rows(
@@ -126,15 +128,14 @@ def tuned(
       over: names in the rows of what is chosen, if that is more.
 
     Returns:
-      The learning rate that is best on the first half of the seeds, and its rows of
-      the other half. If there is nothing to choose, or one seed only, all rows.
+      The learning rate that is best on the first quarter of the seeds (at least 2, at
+      most 5, and no more than half), and its rows of the others. If there is nothing
+      to choose, or one seed only, all rows.
     """
     choices = by(runs, *over)
     if len(choices) == 1:
         return Tuned(runs[0]["lr"], runs)
-    seeds = sorted({row["seed"] for row in runs})
-    first = set(seeds[: max(len(seeds) // 2, 1)])
-    others = set(seeds) - first or first
+    first, others = _split(runs)
 
     def costs(choice: tuple[Any, ...]) -> float:
         found = cost([row for row in choices[choice] if row["seed"] in first])
@@ -142,6 +143,53 @@ def tuned(
 
     best = choices[min(choices, key=costs)]
     return Tuned(best[0]["lr"], [row for row in best if row["seed"] in others])
+
+
+def _split(runs: Rows) -> tuple[list[int], list[int]]:
+    """Returns the seeds that choose, and those that judge."""
+    seeds = sorted({row["seed"] for row in runs})
+    fewest, most = CHOOSE
+    quarter = min(max(len(seeds) // 4, fewest), most)
+    first = max(min(quarter, len(seeds) // 2), 1)
+    return seeds[:first], seeds[first:] or seeds
+
+
+def choice(runs: Rows) -> str:
+    """Says how `tuned` chooses among the learning rates of runs, if it does."""
+    if len(by(runs, "lr")) == 1:
+        return ""
+    first, others = _split(runs)
+    if first == others:
+        return ", chosen by the same seed"
+    count = f"{len(first)} of {len(first + others)}"
+    return f", chosen on the first {count} seeds and read off the others"
+
+
+def edge(lr: float, runs: Rows) -> str:
+    """Returns at which end of the learning rates of runs one is.
+
+    Args:
+      lr: the learning rate, beyond which a better one may be if it is at an end.
+      runs: rows of all that were tried.
+
+    Returns:
+      "smallest" or "largest"; "" if it is between others, or the only one.
+    """
+    lrs = {row["lr"] for row in runs}
+    ends = {min(lrs): "smallest", max(lrs): "largest"}
+    return ends.get(lr, "") if len(lrs) > 1 else ""
+
+
+def rate(lr: float, runs: Rows) -> str:
+    """Writes a learning rate, and whether it is at an end of those of runs."""
+    end = edge(lr, runs)
+    return f"{lr:g} (the {end} tried)" if end else f"{lr:g}"
+
+
+def clipped(runs: Rows) -> str:
+    """Writes the share of the updates that were clipped: 0 % only if none was."""
+    share = np.mean([row["clipped"] for row in runs])
+    return "<1%" if 0 < share < 0.01 else f"{share:.0%}"
 
 
 def median(name: str) -> Callable[[Rows], float]:

@@ -5,6 +5,7 @@ black. Every figure says in its caption how many runs it shows, how long they we
 on what they were made.
 """
 
+import io
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from experiments import arms, outcomes, stats
-from experiments.results import Results, Rows
+from experiments.results import Results, Rows, write
 
 COLOURS = ("tab:red", "tab:blue", "tab:orange", "tab:green", "tab:purple", "tab:brown")
 # The next clips have the same colours and other lines.
@@ -212,5 +213,7 @@ def save(figure: Figure, path: Path, results: Results, runs: str) -> Path:
     figure.suptitle(about["config"]["experiment"])
     caption = f"{runs}\n{about['device']}, jax {about['versions']['jax']}{commit}"
     figure.supxlabel(caption, fontsize="small")
-    figure.savefig(path, dpi=150)
+    with io.BytesIO() as buffer:
+        figure.savefig(buffer, dpi=150)
+        write(path, buffer.getvalue())
     return path

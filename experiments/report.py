@@ -18,6 +18,7 @@ body { font-family: sans-serif; max-width: 75em; margin: 2em auto; padding: 0 1e
 pre { overflow-x: auto; line-height: 1.25; background: #f6f6f6; padding: 1em; }
 img { max-width: 100%; }
 """
+NAME = "report.html"
 # Characters in a line of the table.
 WIDTH = 130
 
@@ -30,7 +31,7 @@ def write_page(
     verdict: Sequence[str],
     figures: Sequence[Path],
 ) -> Path:
-    """Writes `report.html`.
+    """Writes the page.
 
     Args:
       directory: the run directory.
@@ -61,7 +62,7 @@ def write_page(
     head = f'<meta charset="utf-8"><title>{html.escape(name)}</title>'
     body = "\n".join(parts)
     page = f"<!doctype html>\n<html><head>{head}<style>{STYLE}</style></head>\n"
-    path = directory / "report.html"
+    path = directory / NAME
     write(path, f"{page}<body>\n{body}\n</body></html>\n")
     return path
 

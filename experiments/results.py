@@ -23,6 +23,7 @@ import shlex
 import subprocess
 import typing
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -38,7 +39,11 @@ import optaxclip
 from experiments.config import Config, UsageError
 
 PACKAGES = (optaxclip, jax, jaxlib, flax, optax, np, sklearn)
+# What `config.json` always has.
+ABOUT = {"config", "command", "tensorboard", "commit", "device", "python", "versions"}
 Rows = list[dict[str, Any]]
+# What reading a damaged file can raise.
+DAMAGE = ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error
 C = TypeVar("C", bound=Config)
 
 
@@ -79,11 +84,7 @@ def begin(
         **facts,
         "command": command(config),
         "tensorboard": tensorboard,
-        "commit": _commit(),
-        "device": device(),
-        "processes": jax.process_count(),
-        "python": platform.python_version(),
-        "versions": {package.__name__: package.__version__ for package in PACKAGES},
+        **surroundings(),
     }
     write(directory / "config.json", json.dumps(about, indent=2, default=str) + "\n")
 
@@ -102,9 +103,15 @@ def is_finished(directory: Path) -> bool:
     return (directory / "results.jsonl").is_file()
 
 
-def device() -> str:
-    """Returns on what the runs of this process are computed."""
-    return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+def surroundings() -> dict[str, Any]:
+    """Returns what a result depends on, to the last bit, besides its config."""
+    return {
+        "commit": _commit(),
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "processes": jax.process_count(),
+        "python": platform.python_version(),
+        "versions": {package.__name__: package.__version__ for package in PACKAGES},
+    }
 
 
 def command(config: Config) -> str:
@@ -125,7 +132,8 @@ def read_about(directory: Path) -> dict[str, Any]:
         about = json.loads((directory / "config.json").read_text())
     except (ValueError, OSError) as error:
         raise UsageError(f"{directory} cannot be read: {error}.") from error
-    if not isinstance(about, dict) or not isinstance(about.get("config"), dict):
+    known = isinstance(about, dict) and about.keys() >= ABOUT
+    if not known or not isinstance(about["config"], dict):
         raise UsageError(f"{directory / 'config.json'} is not that of a run.")
     return about
 
@@ -158,9 +166,12 @@ def load(directory: Path) -> Results:
             for row in map(json.loads, lines)
         ]
         with np.load(directory / "curves.npz") as curves:
-            return Results(about, rows, dict(curves))
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+            found = Results(about, rows, dict(curves))
+    except DAMAGE as error:
         raise UsageError(f"{directory} cannot be read: {error}.") from error
+    if not rows:
+        raise UsageError(f"{directory} cannot be read: results.jsonl is empty.")
+    return found
 
 
 def _finite(row: dict[str, Any]) -> dict[str, Any]:

@@ -36,6 +36,8 @@ OPTIMIZERS: dict[str, Callable[[Any], optax.GradientTransformation]] = {
 }
 # Share by which float32 sums may put a clipped norm above what it should be.
 SLACK = 1e-5
+# Added to the number of updates where the examples of the last judgement are drawn.
+FINAL = 2**30
 
 
 class Start(NamedTuple):
@@ -160,7 +162,8 @@ def checked(clip: optaxclip.Clip) -> optax.GradientTransformationExtraArgs:
     """Makes the same clip, which also checks its law (needs `chex.chexify`).
 
     What comes out is measured again: no magnitude may be larger than what the shape
-    makes of the one that went in and of its limit at this update.
+    makes of the one that went in and of its limit at this update, nor be NaN if that
+    was finite.
     """
 
     def update(updates, state, params=None, **extra_args):
@@ -172,7 +175,12 @@ def checked(clip: optaxclip.Clip) -> optax.GradientTransformationExtraArgs:
         limits, _ = clip.bound.limit(state, seen, lambda who: measured(params))
         most = jax.tree.map(clip.shape, seen, limits)
         exceeds = jax.tree.map(
-            lambda kept, most: kept > most * (1 + SLACK), measured(new), most
+            lambda kept, most, seen: (
+                (kept > most * (1 + SLACK)) | (jnp.isnan(kept) & jnp.isfinite(seen))
+            ),
+            measured(new),
+            most,
+            seen,
         )
         chex.assert_trees_all_equal(exceeds, jax.tree.map(jnp.zeros_like, exceeds))
         return new, following
@@ -219,7 +227,7 @@ def step(
     params = optax.apply_updates(state.params, updates)
     (record,) = optaxclip.records(clip_state)
     grad_norm = optaxclip.norms.tree_norm(grads, axis_name=())
-    kept_norm = optax.tree.norm(kept)
+    kept_norm = optaxclip.norms.tree_norm(kept, axis_name=())
     directions = jax.tree.map(lambda leaf: leaf / grad_norm, grads)
     cosine = optax.tree.vdot(directions, kept) / kept_norm
     clipped = record.clipped > 0
@@ -299,10 +307,10 @@ def _key(data: jax.Array, number: jax.Array) -> jax.Array:
 
 
 def chunks(updates: int, count: int) -> list[int]:
-    """Cuts updates into pieces of one length, and a shorter last one if need be."""
-    length = max(updates // count, 1)
-    rest = updates % length
-    return [length] * (updates // length) + [rest] * (rest > 0)
+    """Cuts updates into as many pieces, or one per update, of one length or two."""
+    count = min(count, updates)
+    length, longer = divmod(updates, count)
+    return [length + 1] * longer + [length] * (count - longer)
 
 
 def compare(
@@ -368,19 +376,24 @@ def _sweep(
 
     def begin() -> tuple[State, Records]:
         state = _begin(setup, clip, runs, starts, placed, runs.place(seed))
-        return state, judged("test", task, state)
+        return state, judged("test", task, state, state.step)
 
     def advance(state: State, updates: int) -> tuple[State, Records]:
         state, log = chunk(setup, clip, updates, runs, task, placed, state)
-        found = {**runs.gather(log._asdict()), **judged("test", task, state)}
+        score = judged("test", task, state, state.step)
+        found = {**runs.gather(log._asdict()), **score}
         if journal.board is not None:
             step = int(runs.gather(state.step)[0])
             journal.board(part, step, _medians(knobs, found, shape))
         return state, found
 
-    def judged(name: str, task: Any, state: State) -> Records:
+    def end(state: State) -> Records:
+        # Other examples than at the last check.
+        return judged("final", final, state, state.step + FINAL)
+
+    def judged(name: str, task: Any, state: State, number: jax.Array) -> Records:
         # Without these all kinds are judged by the same compiled program.
-        asked = state._replace(clip_state=(), opt_state=())
+        asked = state._replace(clip_state=(), opt_state=(), step=number)
         score = runs.gather(_judge(unchecked, runs, task, asked))
         return {
             f"{name}_{what}": number[:, None]
@@ -395,7 +408,7 @@ def _sweep(
         begin,
         pieces,
         advance,
-        end=functools.partial(judged, "final", final),
+        end=end,
         pack=runs.gather,
         unpack=runs.place,
         best=best,
@@ -414,7 +427,7 @@ def _medians(
 ) -> dict[str, dict[str, float]]:
     """Returns by arm and name the medians over seeds of the means over time."""
     lr, threshold = (np.reshape(knob, shape)[:, 0] for knob in knobs)
-    arms_of = [f"lr {x:g}, threshold {y:g}" for x, y in zip(lr, threshold)]
+    arms_of = [f"lr {x!s}, threshold {y!s}" for x, y in zip(lr, threshold)]
     medians = {
         name: np.median(curve.mean(-1).reshape(shape), axis=1)
         for name, curve in found.items()

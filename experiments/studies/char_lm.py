@@ -1,9 +1,9 @@
 """Characters: a plain network predicts each next character of a text.
 
-Near the highest learning rate at which plain SGD works without a clip, some seeds blow
-up and others do not: with few seeds the story flips. A clip makes higher rates usable;
-how much lower the loss then gets is another question. So is what happens to an LSTM
-(`--cell lstm`), or with Adam (`--optimizer adam --lr 0.003 0.01 0.03`).
+Does a clip make higher learning rates usable for plain SGD, and how much lower does the
+loss then get? Near the highest rate that works without a clip, does it depend on the
+seed which runs blow up? Few seeds could then tell either story. The same can be asked
+of an LSTM (`--cell lstm`) and of Adam (`--optimizer adam --lr 0.003 0.01 0.03`).
 
 Losses are shown in bits per character; gradients and thresholds are those of the loss
 in nats. With 500 sigmoid units on the Penn Treebank, 1.50 bits were published for SGD

@@ -2,23 +2,22 @@
 
     x_0 = 0.5,  x_t = w sigmoid(x_{t-1}) + b,  E(w, b) = (sigmoid(x_T) - 0.7)^2
 
-E is flat nearly everywhere and has a wall, thinner than a step, where the recurrence
-changes from one fixed point to another. A gradient met there is thousands of times the
-usual one, and the step it causes leaves for a far plain, for good. A clip by norm turns
-it into a short step in the same direction; a clip of the elements also turns it.
-(Pascanu, Mikolov, Bengio, On the difficulty of training recurrent neural networks,
-2013, https://arxiv.org/abs/1211.5063, figure 6, where T is 50.)
+E has a wall where the recurrence changes from one fixed point to another. It is counted
+how many of the descents that met a long gradient there reach the target all the same. A
+clip by norm makes a short step of it in the same direction; a clip of the elements can
+also turn it. (Pascanu, Mikolov, Bengio, On the difficulty of training recurrent neural
+networks, 2013, https://arxiv.org/abs/1211.5063, figure 6, where T is 50.)
 
 Descents start on a square grid over [4, 7] x [-4, -2]. The grid is no random sample, so
 shares have no interval, and a best learning rate is the best on all starts. Next to the
-wall a rounding decides where a path goes: outcomes are comparable across devices,
+wall a rounding can decide where a path goes: outcomes are comparable across devices,
 single paths are not.
 """
 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,20 +49,23 @@ from experiments.studies.study import Study
 TARGET = 0.7
 # A start has reached the target with an error below this.
 REACHED = 1e-3
-# A descent has met the wall if a gradient was longer than this; 0.05 is usual.
+# A descent has met the wall if a gradient was longer than this.
 WALL = 10.0
 STARTS_W, STARTS_B = (4.0, 7.0), (-4.0, -2.0)
 # Starts per side of a square grid from which whole paths are recorded, and the part of
 # the surface around them.
 PATHS_W, PATHS_B, PATHS = (5.2, 6.8), (-3.8, -2.2), 3
 SURFACE_W, SURFACE_B, SURFACE_POINTS = (3.8, 7.0), (-4.1, -1.9), 301
+# What `metrics` sums up.
+OUTCOME = "error", "steepest", "lowest"
 COMPARISONS = "more starts than", "as many starts as", "fewer starts than"
 # Number of pieces after which progress is shown, and a run can be stopped.
 PIECES = 10
 TABLE_CAPTION = (
-    f"Reached: share of the starts that end with an error below {REACHED:g}. Met the "
-    f"wall: share with a gradient longer than {WALL:g} on the way; of these reached: "
-    "the share of them that reached the target all the same."
+    f"Reached: share of the starts that end with an error below {REACHED:g}; ever: "
+    "that end with one or had one on the way. Met the wall: share with a gradient "
+    f"longer than {WALL:g} on the way; of these reached: the share of them that "
+    "reached the target all the same."
 )
 
 
@@ -107,11 +109,13 @@ class Descent(NamedTuple):
       point: where it is.
       state: of the clip and the optimizer.
       steepest: largest norm of a gradient so far, before the clip.
+      lowest: smallest E so far, without that where it is.
     """
 
     point: Point
     state: Any
     steepest: jax.Array
+    lowest: jax.Array
 
 
 class Move(NamedTuple):
@@ -142,7 +146,8 @@ def error(length: int, point: Point) -> jax.Array:
 
 def begin(clip: Clip, knobs: arms.Knobs, start: Point) -> Descent:
     """Returns the descent before its first update."""
-    return Descent(start, _transformation(clip, knobs).init(start), jnp.zeros(()))
+    state = _transformation(clip, knobs).init(start)
+    return Descent(start, state, jnp.float32(0), jnp.float32(jnp.inf))
 
 
 def step(
@@ -150,8 +155,13 @@ def step(
 ) -> tuple[Descent, Move]:
     """Makes an update against the clipped gradient."""
     point = descent.point
+
+    def twice(point):
+        found = error(length, point)
+        return found, found
+
     # Forwards, along with E: there are two derivatives only, and nothing to be kept.
-    grads = jax.jacfwd(functools.partial(error, length))(point)
+    grads, here = jax.jacfwd(twice, has_aux=True)(point)
     updates, state = _transformation(clip, knobs).update(grads, descent.state, point)
     (record,) = optaxclip.records(state)
     norm = optaxclip.norms.tree_norm(grads)
@@ -164,6 +174,8 @@ def step(
         jax.tree.map(jnp.add, point, updates),
         state,
         jnp.maximum(descent.steepest, norm),
+        # A number wins over NaN: what was reached once has been reached.
+        jnp.fmin(descent.lowest, here),
     )
     return following, Move(point, kept_norm, jnp.where(clipped, cosine, 1.0), clipped)
 
@@ -196,8 +208,8 @@ def descend(
       part: a name, different for every kind and length of a run.
 
     Returns:
-      What is kept, of shape (arms, ..., updates); `error`, E at the end, and
-      `steepest`, (arms, starts, 1); `seconds`, (pieces,).
+      What is kept, of shape (arms, ..., updates); `error`, E at the end, `steepest` and
+      `lowest`, (arms, starts, 1); `seconds`, (pieces,).
     """
 
     def advance(descents: Descent, count: int) -> tuple[Descent, Records]:
@@ -205,9 +217,11 @@ def descend(
         return found[0], jax.device_get(found[1])
 
     def end(descents: Descent) -> Records:
+        errors = _errors_at(length, descents.point)
         found = {
-            "error": _errors_at(length, descents.point),
+            "error": errors,
             "steepest": descents.steepest,
+            "lowest": np.fmin(descents.lowest, errors),
         }
         return {name: np.asarray(x)[..., None] for name, x in found.items()}
 
@@ -264,7 +278,7 @@ def run(config: CliffConfig, journal: Journal) -> tuple[Rows, arms.Curves]:
     for length in config.length:
         found = _run_length(config, grid, length, square, journal)
         for i, arm in enumerate(grid):
-            errors, steepest = found["error"][i], found["steepest"][i]
+            outcome = {name: found[name][i] for name in OUTCOME}
             rows.append(
                 {
                     "experiment": "cliff",
@@ -272,12 +286,12 @@ def run(config: CliffConfig, journal: Journal) -> tuple[Rows, arms.Curves]:
                     "arm": arm.clip.spec,
                     "lr": arm.lr,
                     "updates": config.updates,
-                    "starts": errors.size,
-                    **metrics(errors, steepest),
+                    "starts": square.w.size,
+                    **metrics(**outcome),
                     "seconds": float(found["seconds"][i]),
                 }
             )
-        del found["steepest"], found["seconds"]
+        del found["steepest"], found["lowest"], found["seconds"]
         curves.update({f"{length} {name}": curve for name, curve in found.items()})
     return rows, curves
 
@@ -302,8 +316,7 @@ def _run_length(
         # The last starts are those of the paths.
         shape = len(knobs.lr), *square.w.shape
         outcome = {
-            name: found[name][:, : square.w.size, 0].reshape(shape)
-            for name in ("error", "steepest")
+            name: found[name][:, : square.w.size, 0].reshape(shape) for name in OUTCOME
         }
         return {
             **outcome,
@@ -328,12 +341,15 @@ def _paths(move: Move) -> dict[str, jax.Array]:
     return {"path_w": w, "path_b": b}
 
 
-def metrics(error: np.ndarray, steepest: np.ndarray) -> dict[str, float]:
+def metrics(
+    error: np.ndarray, steepest: np.ndarray, lowest: np.ndarray
+) -> dict[str, float]:
     """Returns shares of the starts; a NaN has not reached the target."""
     reached, met_wall = error < REACHED, ~(steepest <= WALL)
     among = reached[met_wall]
     return {
         "reached": float(reached.mean()),
+        "ever_reached": float((lowest < REACHED).mean()),
         "met_wall": float(met_wall.mean()),
         "reached_after_wall": float(among.mean()) if among.size else math.nan,
     }
@@ -350,9 +366,10 @@ def table(rows: Rows) -> Table:
     result = Table(
         *(Column(name, justify="right") for name in ("length", "lr")),
         Column("clip", overflow="fold"),
+        *(Column(name, justify="right") for name in ("starts", "reached", "ever")),
         *(
             Column(name, justify="right")
-            for name in ("starts", "reached", "met the wall", "of these reached")
+            for name in ("met the wall", "of these reached")
         ),
         box=SIMPLE,
         title="cliff",
@@ -367,6 +384,7 @@ def table(rows: Rows) -> Table:
                 row["arm"],
                 str(row["starts"]),
                 f"{row['reached']:.1%}",
+                f"{row['ever_reached']:.1%}",
                 f"{row['met_wall']:.1%}",
                 "-" if math.isnan(among) else f"{among:.1%}",
                 end_section=row is same[-1],
@@ -440,7 +458,8 @@ def _turned(rows: Rows) -> list[str]:
         none = _row([row for row in rows if row["lr"] == one["lr"]], "none")
         if none is not None:
             line += f", and from {_starts(one, none)} none, {none['reached']:.1%}"
-        lines.append(line)
+        ever = f"{one['ever_reached']:.1%} against {other['ever_reached']:.1%}"
+        lines.append(f"{line}; ever on the way: {ever}")
     return lines
 
 
@@ -522,16 +541,19 @@ def _draw_paths(results: Results, path: Path) -> Path:
     Of the starts whose paths are recorded it is the one where it matters most.
     """
     config, curves = results.about["config"], results.curves
-    lengths, specs, lr = config["length"], config["clip"], _telling(results.rows)
+    lengths, specs = config["length"], config["clip"]
     size = 2.2 + 2.5 * len(specs), 1.2 + 4.2 * len(lengths)
     figure = Figure(figsize=size, layout="constrained")
     axes: Any = figure.subplots(
         2 * len(lengths), len(specs), sharex="row", sharey="row", squeeze=False
     )
-    shown = [i for i, arm in enumerate(arms.grid(config["lr"], specs)) if arm.lr == lr]
+    grid = arms.grid(config["lr"], specs)
     base = "none" if "none" in specs else specs[0]
+    same = outcomes.by(results.rows, "length")
     meshes = []
     for length, surfaces, alongs in zip(lengths, axes[::2], axes[1::2]):
+        lr = _telling(same[length,])
+        shown = [i for i, arm in enumerate(grid) if arm.lr == lr]
         window = curves[f"{length} surface_w"], curves[f"{length} surface_b"]
         names = "path_w", "path_b", "path_error"
         w, b, error = (curves[f"{length} {name}"][shown] for name in names)
@@ -547,30 +569,37 @@ def _draw_paths(results: Results, path: Path) -> Path:
             along.plot(error[i], color="tab:red", lw=1.0)
             along.axhline(REACHED, color="0.6", lw=0.8)
             along.set(yscale="log", ylim=(1e-8, 1), xlabel="updates")
-        surfaces[0].set_ylabel(f"T = {length}\nb")
+        surfaces[0].set_ylabel(f"T = {length}, lr {lr:g}\nb")
         alongs[0].set_ylabel("error E along the path")
     figure.colorbar(meshes[0], ax=axes[0], label="error E(w, b)", extend="min")
-    return plots.save(
-        figure,
-        path,
-        results,
-        f"{config['updates']} updates at learning rate {lr:g}, where a clip is "
-        f"farthest ahead of none, from the circle: of {PATHS**2} starts the one\n"
-        f"where {base} ends highest above the best; paths may leave the window; below "
-        "the grey line the target is reached",
+    less = ", less those with none" if _both(specs) else ""
+    runs = (
+        f"{_caption(config)}, at the lr where most reach the target{less};\n"
+        f"from the circle: of {PATHS**2} starts the one where {base} ends highest "
+        "above the best; paths may leave the window;\n"
+        "the target is reached by what ends below the grey line"
     )
+    return plots.save(figure, path, results, runs)
 
 
 def _telling(rows: Rows) -> float:
-    """Returns the learning rate at which the best clip is farthest ahead of none."""
+    """Returns the learning rate where the best clip of one length is farthest ahead.
+
+    That is ahead of none; if none was not run, or nothing else, the best one.
+    """
 
     def ahead(lr: tuple[float]) -> float:
-        best = max(row["reached"] for row in by_lr[lr])
-        none = [row["reached"] for row in by_lr[lr] if row["arm"] == "none"]
-        return best - sum(none)
+        shares = {row["arm"]: row["reached"] for row in by_lr[lr]}
+        without = shares.pop("none") if _both(shares) else 0.0
+        return max(shares.values()) - without
 
     by_lr = outcomes.by(rows, "lr")
     return max(by_lr, key=ahead)[0]
+
+
+def _both(specs: Iterable[str]) -> bool:
+    """Says whether there are clips, and none to compare them with."""
+    return {"none"} < set(specs)
 
 
 def _draw_starts(results: Results, path: Path, length: int) -> Path:

@@ -1,22 +1,29 @@
 """Diagnosis: which warning comes how many updates before the damage.
 
-Plain SGD, at learning rates from a usual one to one that is too high, with a clip and
-without, on three tasks:
+Plain SGD at several learning rates, with a clip and without, on three tasks:
 
-| setting | network | how it fails |
-|---|---|---|
-| adding | LSTM, one number out, squared error | the loss overflows |
-| text | tanh units, next character | stays finite: tanh and cross entropy hold it |
-| digits | tanh units, rows of images | stays finite |
+| setting | network |
+|---|---|
+| adding | LSTM, one number out, squared error |
+| text | tanh units, next character |
+| digits | tanh units, rows of images |
 
-The damage is found afterwards: it is the first update from which to the end of the run
-the loss is no longer below what it was before training, that is, for at least half of
-the 51 updates around, as far as they are there; before the first it counts as below. A
-run is damaged if this lasts for at least 25 updates.
+How a run ended is found afterwards, from the median of its last 25 losses:
+
+- damaged: it is more than 20 % above the loss before training. The damage is the first
+  update from which to the end the loss is no longer below what it was before training,
+  that is, for at least half of the 51 updates around, as far as they are there; before
+  the first it counts as below. It lasts for at least 25 updates.
+- sound: it is at least 20 % below the loss before training.
+- neither: it has not learned, or was lost in the last moment.
 
 A warning is found as it would be in training: at an update it knows that one and those
 before. It is late if it comes after the damage, missing if it never does, and a false
-alarm if it comes in a run that is not damaged.
+alarm if it comes in a sound run. Some warnings need ten updates to compare with, so
+only damage after those says which warning is earlier. A warning is good if it is
+missing in at most a tenth of these runs, and a false alarm in at most a tenth of the
+sound ones; the first good one is chosen on the first half of the seeds, and reported
+on the others.
 
 Bengio, Simard, Frasconi (Learning long-term dependencies with gradient descent is
 difficult, 1994) and Pascanu, Mikolov, Bengio (On the difficulty of training recurrent
@@ -42,24 +49,31 @@ from experiments.results import Results, Rows
 from experiments.studies.study import Study
 from experiments.tasks import image_rows, sequences, text
 
-# Updates before and after one that are looked at for the damage, which lasts as long.
+# Updates before and after one that are looked at for the damage, which lasts as long;
+# also the last ones, which say how a run ended.
 AROUND = 25
+# How a run may end, and the share of the loss before training by which it must differ.
+DAMAGED, SOUND, NEITHER = ENDS = "damaged", "sound", "neither"
+MARGIN = 0.2
 # Updates of which the loss is the mean where it is compared with that of the start.
 MEAN = 10
 # Most and fewest updates before one of which there is a running median.
 WINDOW, FEWEST = 100, 10
-# Shares of the damaged runs that a good warning may miss, and of the others in which it
-# may be a false alarm.
-MISSED, FALSE = 0.1, 0.1
+# First update at which every warning can fire.
+ABLE = max(MEAN - 1, FEWEST)
+# Shares of the damaged runs that a good warning may miss, and of the sound ones in
+# which it may be a false alarm; and of how many runs of each kind, at least.
+MISSED, FALSE, ENOUGH = 0.1, 0.1, 5
 # Sequences, and windows of text, on which models are judged.
 SEQUENCES, WINDOWS = 200, 40
 # Times a run is judged, which is when it can be stopped.
 PIECES = 4
 LOGGED = "loss", "grad_norm", "weight_norm", "moved"
 TABLE_CAPTION = (
-    "Fires: in so many of the damaged runs. Delay: updates from the damage to the "
-    "warning, below 0 if it comes before; median and range, inf: never. False alarms: "
-    "in so many of the runs that are not damaged, without and with a clip."
+    f"Fires: in so many of the runs damaged after update {ABLE}, from which every "
+    "warning can fire. Delay: updates from the damage to the warning, below 0 if it "
+    "comes before; median and range, inf: never. False alarms: in so many of the sound "
+    "runs, without and with a clip."
 )
 
 
@@ -117,7 +131,7 @@ SETTINGS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DiagnoseConfig(TrainingConfig):
-    """Training at learning rates up to one that is too high, with warnings."""
+    """Training with clips and without, watched for warnings."""
 
     setting: tuple[str, ...]
     """Tasks: adding, text, digits."""
@@ -137,6 +151,9 @@ class DiagnoseConfig(TrainingConfig):
             require(setting in SETTINGS, "setting", f"of {known}", setting)
         sequences.check_length("add", self.length)
         check_counts(hidden=self.hidden)
+        # What is damaged after all warnings can fire must have time to last.
+        fewest = ABLE + 1 + AROUND
+        require(self.updates >= fewest, "updates", f">= {fewest}", self.updates)
 
 
 def running_median(values: np.ndarray) -> np.ndarray:
@@ -189,15 +206,36 @@ MEANINGS = {
 }
 
 
-def damage(run: Trace) -> float:
-    """Returns the first update of the damage, as above; NaN if there is none."""
+class End(NamedTuple):
+    """How a run ended.
+
+    Attributes:
+      end: one of `ENDS`.
+      damage: first update of the damage, as above; NaN if it is not damaged.
+    """
+
+    end: str
+    damage: float
+
+
+def judge(run: Trace) -> End:
+    """Returns how a run ended, as above."""
+    last = stats.spread(run.loss[-AROUND:]).median
+    if last > (1 + MARGIN) * run.start:
+        first = _onset(run)
+        lasts = len(run.loss) - first >= AROUND
+        return End(DAMAGED, float(first)) if lasts else End(NEITHER, np.nan)
+    return End(SOUND if last <= (1 - MARGIN) * run.start else NEITHER, np.nan)
+
+
+def _onset(run: Trace) -> int:
+    """Returns the update after the last at which losses around are mostly below."""
     below = np.concatenate([np.ones(AROUND, bool), run.loss < run.start])
     mostly = [
         bool(np.mean(below[update : update + 2 * AROUND + 1]) > 0.5)
         for update in range(len(run.loss))
     ]
-    first = int(np.flatnonzero([True, *mostly])[-1])
-    return float(first) if len(run.loss) - first >= AROUND else np.nan
+    return int(np.flatnonzero([True, *mostly])[-1])
 
 
 def warned(run: Trace) -> dict[str, float]:
@@ -242,7 +280,7 @@ def _train(
 def _rows(
     config: DiagnoseConfig, name: str, grid: list[arms.Arm], curves: arms.Curves
 ) -> Rows:
-    """Returns a row per run: its damage, and when each warning fired first."""
+    """Returns a row per run: how it ended, and when each warning fired first."""
     return [
         {
             "experiment": "diagnose",
@@ -253,7 +291,7 @@ def _rows(
             "updates": config.updates,
             "start_loss": float(curves["start"][i, j]),
             "test_loss": float(curves["test_loss"][i, j, -1]),
-            "damage": damage(_trace(curves, i, j)),
+            **judge(_trace(curves, i, j))._asdict(),
             **warned(_trace(curves, i, j)),
             "seconds": float(curves["seconds"][i] / config.seeds),
         }
@@ -273,8 +311,8 @@ class Record(NamedTuple):
     Attributes:
       name: of the warning.
       delays: updates from the damage to it, one per damaged run; NaN: it is missing.
-      false: number of runs that are not damaged, and in which it fires.
-      runs: number of runs that are not damaged.
+      false: number of sound runs in which it fires.
+      runs: number of sound runs.
     """
 
     name: str
@@ -289,22 +327,21 @@ class Record(NamedTuple):
 
     @property
     def is_good(self) -> bool:
-        """Whether it hardly misses a damaged run, and hardly alarms in another."""
+        """Whether it hardly misses a damaged run, and hardly alarms in a sound one."""
         enough = self.fired >= (1 - MISSED) * len(self.delays)
         return enough and self.false <= FALSE * self.runs
 
     def __str__(self) -> str:
         """Says what it is worth."""
         return (
-            f"{self.name} ({_when(self.delays)}; missing in "
-            f"{len(self.delays) - self.fired} of {len(self.delays)}, a false alarm in "
-            f"{self.false} of {self.runs})"
+            f"fires in {self.fired} of {len(self.delays)} damaged runs"
+            f"{_when(self.delays)}, and in {self.false} of {self.runs} sound ones"
         )
 
 
 def records(runs: Rows) -> list[Record]:
-    """Returns what each warning is worth in some runs."""
-    damaged, sound = _split(runs)
+    """Returns what each warning is worth in runs damaged once all can fire."""
+    damaged, sound = _late(runs), _ended(runs, SOUND)
     return [
         Record(
             name,
@@ -316,18 +353,24 @@ def records(runs: Rows) -> list[Record]:
     ]
 
 
-def _split(runs: Rows) -> tuple[Rows, Rows]:
-    """Returns the damaged runs, and the others."""
-    damaged = [row for row in runs if not np.isnan(row["damage"])]
-    return damaged, [row for row in runs if np.isnan(row["damage"])]
+def _ended(runs: Rows, end: str) -> Rows:
+    return [row for row in runs if row["end"] == end]
+
+
+def _late(runs: Rows) -> Rows:
+    """Returns the runs damaged at an update before which every warning can fire."""
+    return [row for row in _ended(runs, DAMAGED) if row["damage"] > ABLE]
 
 
 def _when(delays: list[float]) -> str:
-    """Says when warnings came."""
-    delay = stats.spread(delays)
+    """Says when warnings came, in the runs where they did."""
+    known = [delay for delay in delays if not np.isnan(delay)]
+    if not known:
+        return ""
+    delay = stats.spread(known)
     side = "before" if delay.median < 0 else "after"
     late = f"median {abs(delay.median):g} updates {side} the damage"
-    return f"{late}, range {delay.low:g} to {delay.high:g}"
+    return f" ({late}, range {delay.low:g} to {delay.high:g})"
 
 
 def table(rows: Rows) -> Table:
@@ -368,38 +411,63 @@ def verdict(rows: Rows) -> list[str]:
 
 def _findings(runs: Rows) -> list[str]:
     """Says what was found in one setting."""
-    damaged, _ = _split(runs)
-    counts = ", ".join(
-        f"{arm} {len(_split(same)[0])}/{len(same)}"
+    damaged = _ended(runs, DAMAGED)
+    counts = "; ".join(
+        f"{arm}: " + ", ".join(f"{len(_ended(same, end))} {end}" for end in ENDS)
         for (arm,), same in outcomes.by(runs, "arm").items()
     )
     if not damaged:
         return [f"no run is damaged ({counts}), so there is nothing to foresee"]
     onset = stats.spread([row["damage"] for row in damaged])
-    found = records(runs)
-    nan = next(record for record in found if record.name == "loss not finite")
-    good = [record for record in found if record.is_good]
-    if good:
-        first = f"the first good warning is {min(good, key=_median)}"
-    else:
-        first = (
-            f"no warning misses at most {MISSED:.0%} of the damaged runs and is a "
-            f"false alarm in at most {FALSE:.0%} of the others; the first is "
-            f"{min(found, key=_median)}"
-        )
-    if nan.fired:
-        late = _when([delay for delay in nan.delays if not np.isnan(delay)])
-        lost = f"not finite in {nan.fired} of {len(damaged)} damaged runs, {late}"
-    else:
-        lost = (
-            f"finite in {len(damaged)} of {len(damaged)} damaged runs: what is finite "
-            "may be lost all the same"
-        )
+    nan = "loss not finite"
+    delays = [row[nan] - row["damage"] for row in damaged]
+    lost = int(np.sum(~np.isnan(delays)))
+    early = len(damaged) - len(_late(runs))
+    left_out = (
+        f"{early} of {len(damaged)} damaged runs are damaged by update {ABLE}, before "
+        "which not every warning can fire: which comes first is judged without them"
+    )
     return [
-        f"runs damaged: {counts}; from update {onset:g} on (median and range)",
-        first,
-        f"the loss is {lost}",
+        f"runs: {counts}; damage from update {onset:g} on (median and range)",
+        *([left_out] if early else []),
+        _choice(runs),
+        f"the loss is not finite in {lost} of {len(damaged)} damaged runs"
+        f"{_when(delays)}",
     ]
+
+
+def _choice(runs: Rows) -> str:
+    """Chooses the first good warning on half of the seeds; reports it on the others."""
+    seeds = sorted({row["seed"] for row in runs})
+    first = set(seeds[: len(seeds) // 2])
+    choosing = [row for row in runs if row["seed"] in first]
+    others = [row for row in runs if row["seed"] not in first]
+    halves = choosing, others
+    late = [len(_late(half)) for half in halves]
+    sound = [len(_ended(half, SOUND)) for half in halves]
+    if min(late + sound) < ENOUGH:
+        return (
+            f"which warning comes first cannot be judged from fewer than {ENOUGH} runs "
+            f"damaged after update {ABLE} and {ENOUGH} sound ones in each half of the "
+            f"seeds: there are {late[0]} and {late[1]} damaged, {sound[0]} and "
+            f"{sound[1]} sound"
+        )
+    found = records(choosing)
+    if not any(record.fired for record in found):
+        return f"no warning fires in any of {late[0]} damaged runs"
+    good = [record for record in found if record.is_good]
+    if not good:
+        return (
+            f"no warning fires in at least {1 - MISSED:.0%} of {late[0]} damaged runs "
+            f"and in at most {FALSE:.0%} of {sound[0]} sound ones"
+        )
+    name = min(good, key=_median).name
+    (held,) = [record for record in records(others) if record.name == name]
+    kept = "good there too" if held.is_good else "not good there"
+    return (
+        f"the first good warning on half of the seeds is {name}; on the others it "
+        f"{held}: {kept}"
+    )
 
 
 def _median(record: Record) -> float:
@@ -437,14 +505,16 @@ def _draw_timeline(results: Results, path: Path) -> Path:
 
 
 def _draw_run(results: Results, setting: str, axes: np.ndarray) -> None:
-    """Draws the damaged run of which the damage is at the median, and its clipped twin.
+    """Draws the damaged run of which the damage is at the median, and its twins.
 
-    Where no run is damaged it is the first one.
+    It is one of those damaged once all warnings can fire, if there are any. Where no
+    run is damaged it is the first one.
     """
     config = results.about["config"]
     grid = arms.grid(config["lr"], config["clip"])
     runs = [row for row in results.rows if row["setting"] == setting]
-    damaged = sorted(_split(runs)[0], key=lambda row: row["damage"])
+    found = _late(runs) or _ended(runs, DAMAGED)
+    damaged = sorted(found, key=lambda row: row["damage"])
     chosen = damaged[len(damaged) // 2] if damaged else runs[0]
     end = _last_update(chosen)
     for axis in axes[:3]:
@@ -488,7 +558,7 @@ def _draw_warnings(axis: Axes, run: Trace, end: int) -> None:
 
 
 def _draw_delays(results: Results, path: Path) -> Path:
-    """Draws when each warning comes in all damaged runs: a column per setting."""
+    """Draws when warnings come in runs damaged once all can fire: a column each."""
     settings = results.about["config"]["setting"]
     figure = Figure(figsize=(3.2 + 5.2 * len(settings), 5.2), layout="constrained")
     axes = figure.subplots(1, len(settings), squeeze=False, sharex=True, sharey=True)
@@ -499,12 +569,15 @@ def _draw_delays(results: Results, path: Path) -> Path:
         axis.set_xscale("symlog", linthresh=1)
         axis.xaxis.set_major_formatter("{x:g}")
         axis.axvline(0, color="0.4", ls=":", lw=1.2)
-        axis.set_title(f"{setting}: {len(found[0].delays)} damaged runs", loc="left")
+        axis.set_title(f"{setting}: {len(found[0].delays)} runs", loc="left")
         axis.set_xlabel("updates after the damage (below 0: before)")
         title = {"transform": axis.transAxes, "va": "bottom", "fontsize": "small"}
         axis.text(1.02, 1.0, "missing  false", **title)
     _name_warnings(axes[0, 0])
-    caption = "dots: damaged runs; bar: median; false: alarms in runs not damaged"
+    caption = (
+        f"dots: runs damaged after update {ABLE}, from which every warning can fire; "
+        "bar: median; false: alarms in sound runs"
+    )
     return _save(figure, path, results, caption)
 
 
@@ -544,21 +617,19 @@ def _save(figure: Figure, path: Path, results: Results, what: str) -> Path:
 
 SMOKE = DiagnoseConfig(
     experiment="diagnose",
-    setting=("adding", "digits"),
-    lr=(0.3, 1.0),
+    setting=("digits",),
+    lr=(0.3, 0.75),
     clip=("none", "clip_by_global_norm:0.25"),
-    seeds=4,
-    updates=120,
+    seeds=10,
+    updates=260,
     batch=20,
-    length=20,
 )
 STANDARD = dataclasses.replace(
     SMOKE,
     setting=("adding", "text", "digits"),
-    lr=(0.3, 0.7, 1.0, 2.0),
-    seeds=10,
+    lr=(0.3, 0.75, 2.0),
+    seeds=14,
     updates=500,
-    length=50,
 )
 STUDY = Study(
     about="warnings of a run that is going to be lost: which comes how early",
@@ -567,7 +638,7 @@ STUDY = Study(
         "standard": STANDARD,
         "full": dataclasses.replace(
             STANDARD,
-            lr=(0.1, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0),
+            lr=(0.1, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0),
             clip=("none", *(f"clip_by_global_norm:{c}" for c in (0.25, 1.0))),
             seeds=20,
             updates=2000,
@@ -578,8 +649,10 @@ STUDY = Study(
     facts=lambda config: {
         "data": {name: SETTINGS[name].about(config) for name in config.setting},
         "initial_values": models.INITS["flax"],
-        "damage": f"from there on at least half of the {2 * AROUND + 1} losses around "
-        f"are not below the loss before training, {AROUND} updates or longer",
+        "damage": f"median of the last {AROUND} losses more than {MARGIN:.0%} above "
+        f"that before training (sound: at least {MARGIN:.0%} below); from there on at "
+        f"least half of the {2 * AROUND + 1} losses around are not below it, {AROUND} "
+        "updates or longer",
         "warnings": MEANINGS,
     },
     run=run,

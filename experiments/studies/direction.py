@@ -18,8 +18,9 @@ based on neural networks, 2012, the elements.)
 """
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +50,13 @@ ROUNDING = 1e-5
 PLACES = {"cliff": "the cliff", "training": "temporal order"}
 # Degrees between points that would lie on each other.
 APART = 0.3
-# Success goes with a quantity if at least this share of the pairs of clips say so, and
-# against it if at most the rest do.
-MOST = 0.75
-# With fewer pairs nothing is said.
-FEWEST = 5
+# Two clips differ in success if their runs, with the same seeds, part in the test of
+# McNemar; on the cliff, whose starts are a grid, if their shares are this far apart.
+LEVEL, MARGIN = 0.05, 0.05
+TESTS = {
+    "cliff": f"by {MARGIN:.0%} of the starts or more",
+    "training": f"by McNemar's test, p < {LEVEL:g} for each pair",
+}
 TABLE_CAPTION = (
     "Clipped: share of the updates. Cosine of the angle by which the clip turned the "
     "gradient, over clipped updates: median, and between what 5 and 95 % are not "
@@ -85,6 +88,7 @@ class DirectionConfig(TrainingConfig):
         """Refuses impossible values."""
         super().__post_init__()
         sequences.check_length(TASK, self.length)
+        require(self.clip != ("none",), "clip", "more than none", self.clip)
         check_lrs((self.cliff_lr,))
         require(self.starts >= 2, "starts", ">= 2", self.starts)
         check_counts(
@@ -134,7 +138,7 @@ def _descend(
     found = arms.run(grid, run_kind)
     rows = []
     for i, arm in enumerate(grid):
-        shares = cliff.metrics(found["error"][i], found["steepest"][i])
+        shares = cliff.metrics(**{name: found[name][i] for name in cliff.OUTCOME})
         rows.append(
             {
                 "experiment": "direction",
@@ -225,6 +229,7 @@ def _arms(rows: Rows) -> Rows:
             **{name: _median(runs, name) for name in names},
             "cosine_min": min((run["cosine_min"] for run in runs), key=_nan_last),
             "success": float(np.mean([run["success"] for run in runs])),
+            "successes": [run["success"] == 1 for run in runs],
         }
         for (place, lr, arm), runs in outcomes.by(rows, "place", "lr", "arm").items()
     ]
@@ -277,7 +282,7 @@ def _cosine(value: float) -> str:
 def _success(arm: dict[str, Any]) -> str:
     if arm["place"] == "cliff":
         return f"{arm['success']:.1%}"
-    successes = round(arm["success"] * arm["runs"])
+    successes = sum(arm["successes"])
     low, high = stats.wilson(successes, arm["runs"])
     return f"{successes}/{arm['runs']} [{low:.2f}, {high:.2f}]"
 
@@ -297,8 +302,7 @@ def _by_global_norm(found: Rows) -> list[str]:
     cosines = [
         arm["cosine_min"]
         for arm in found
-        if _kind(arm["arm"]) == "clip_by_global_norm"
-        and not math.isnan(arm["cosine_min"])
+        if _kind(arm) == "clip_by_global_norm" and not math.isnan(arm["cosine_min"])
     ]
     if not cosines:
         return []
@@ -321,7 +325,7 @@ def _at_one_threshold(found: Rows) -> list[str]:
 
 def _elementwise(found: Rows) -> list[str]:
     """Sets the elementwise clip of most success beside that of least."""
-    several = [arm for arm in found if _kind(arm["arm"]) == "clip"]
+    several = [arm for arm in found if _kind(arm) == "clip"]
     if len(several) < 2:
         return []
     most = max(several, key=lambda arm: arm["success"])
@@ -340,47 +344,68 @@ def _said(arm: dict[str, Any]) -> str:
 
 
 def _pairs(found: Rows) -> list[str]:
-    """Counts pairs of clips of which that with the larger cosine, or step, is ahead."""
+    """Counts pairs of clips of which that with the larger cosine, or step, is ahead.
+
+    Pairs within a kind of clip are counted apart: kinds differ in more than these.
+    """
+    if len(found) < 2:
+        return []
+    test = TESTS[found[0]["place"]]
+    pairs = [pair for pair in itertools.combinations(found, 2) if _differ(*pair)]
+    if not pairs:
+        return [f"no two of {len(found)} clips differ in success ({test})"]
+    within, between = (
+        [pair for pair in pairs if (_kind(pair[0]) == _kind(pair[1])) is one_kind]
+        for one_kind in (True, False)
+    )
     lines = []
-    for name, what, sign in (
-        ("cosine", "the larger median cosine", 1),
-        ("longest", "the shorter longest step", -1),
+    for what, value in (
+        ("larger median cosine", lambda arm: _rounded(_turn(arm))),
+        ("shorter longest step", lambda arm: -_rounded(arm["longest"])),
     ):
-        # What differs by rounding only does not differ.
-        points = [
-            (sign * float(f"{arm[name]:.3g}"), arm["success"])
-            for arm in found
-            if not math.isnan(arm[name])
-        ]
-        agree, count = agreement(points)
-        if count >= FEWEST:
-            lines.append(
-                f"of {count} pairs of clips that differ in both, the one with {what} "
-                f"has the greater success in {agree}: success {_goes(agree / count)}"
-            )
+        inner, outer = agreement(within, value), agreement(between, value)
+        lines.append(
+            "at this one learning rate, of pairs of clips that differ in success "
+            f"({test}), the one with the {what} has the greater success in "
+            f"{inner[0]} of {inner[1]} within a kind of clip, and in {outer[0]} of "
+            f"{outer[1]} between kinds; clips are in several pairs, so this is no test"
+        )
     return lines
 
 
-def agreement(points: list[tuple[float, float]]) -> tuple[int, int]:
-    """Counts pairs of points (x, y) in which x and y are ordered alike.
+def _differ(arm: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Says whether two clips differ in success, by what is in `TESTS`."""
+    if arm["place"] == "cliff":
+        return abs(arm["success"] - other["success"]) >= MARGIN
+    return stats.mcnemar(arm["successes"], other["successes"]) < LEVEL
+
+
+def _turn(arm: dict[str, Any]) -> float:
+    """Returns the median cosine, 1 where nothing was clipped: nothing was turned."""
+    return 1.0 if math.isnan(arm["cosine"]) else arm["cosine"]
+
+
+def _rounded(value: float) -> float:
+    """Returns three digits: what differs by rounding only does not differ."""
+    return float(f"{value:.3g}")
+
+
+def agreement(
+    pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]],
+    value: Callable[[dict[str, Any]], float],
+) -> tuple[int, int]:
+    """Counts pairs of arms which a quantity orders as their success does.
 
     Returns:
-      Their number, and that of all pairs in which both x and y differ. (The first is
+      Their number, and that of all pairs in which the quantity differs. (The first is
       that of the concordant pairs of Kendall, A new measure of rank correlation, 1938.)
     """
-    products = [
-        (x - other_x) * (y - other_y)
-        for i, (x, y) in enumerate(points)
-        for other_x, other_y in points[:i]
-        if x != other_x and y != other_y
+    alike = [
+        (value(arm) > value(other)) == (arm["success"] > other["success"])
+        for arm, other in pairs
+        if value(arm) != value(other)
     ]
-    return sum(product > 0 for product in products), len(products)
-
-
-def _goes(share: float) -> str:
-    if share >= MOST:
-        return "goes with it"
-    return "goes against it" if share <= 1 - MOST else "does not go with it"
+    return sum(alike), len(alike)
 
 
 def figures(results: Results, directory: Path) -> list[Path]:
@@ -392,31 +417,32 @@ def figures(results: Results, directory: Path) -> list[Path]:
 
 
 def _draw_cosines(results: Results, path: Path) -> Path:
-    """Draws histograms: a row per place, a column per kind of clip."""
+    """Draws histograms: a row per place and rate, a column per kind of clip."""
     config, curves = results.about["config"], results.curves
-    kinds = list(
-        dict.fromkeys(_kind(spec) for spec in config["clip"] if spec != "none")
-    )
-    size = 2.8 + 3.6 * len(kinds), 6.0
+    found = _arms(results.rows)
+    rows = outcomes.by(found, "place", "lr")
+    kinds = list(dict.fromkeys(_kind(arm) for arm in found if arm["arm"] != "none"))
+    size = 2.8 + 3.6 * len(kinds), 0.6 + 2.7 * len(rows)
     figure = Figure(figsize=size, layout="constrained")
-    axes: Any = figure.subplots(len(PLACES), len(kinds), sharex=True, squeeze=False)
-    for row, (place, name) in zip(axes, PLACES.items()):
-        lrs = (config["cliff_lr"],) if place == "cliff" else config["lr"]
-        for i, arm in enumerate(arms.grid(lrs, config["clip"])):
-            if arm.clip.spec == "none" or arm.lr != lrs[0]:
+    axes: Any = figure.subplots(len(rows), len(kinds), sharex=True, squeeze=False)
+    lines = dict(zip(rows, axes))
+    for (place,), same in outcomes.by(found, "place").items():
+        for arm, shares in zip(same, curves[f"{place} shares"], strict=True):
+            if arm["arm"] == "none":
                 continue
-            axis = row[kinds.index(_kind(arm.clip.spec))]
-            shares = curves[f"{place} shares"][i]
+            axis = lines[place, arm["lr"]][kinds.index(_kind(arm))]
             axis.stairs(
                 np.where(shares > 0, shares, np.nan),
                 curves["bins"],
-                label=arm.clip.spec,
+                label=arm["arm"],
                 # Those below the others are thicker.
                 lw=max(2.4 - 0.4 * len(axis.patches), 0.8),
-                **plots.style(config["clip"], arm.clip.spec),
+                **plots.style(config["clip"], arm["arm"]),
             )
+    for (place, lr), row in lines.items():
         for axis in row:
-            axis.set(yscale="log", ylim=(1e-5, 2), title=f"{name}, lr {lrs[0]:g}")
+            title = f"{PLACES[place]}, lr {lr:g}"
+            axis.set(yscale="log", ylim=(1e-5, 2), title=title)
         row[0].set_ylabel("share of clipped updates")
     for axis, kind in zip(axes[-1], kinds):
         axis.set_xlabel(f"cosine\n{kind}")
@@ -431,23 +457,23 @@ def _draw_cosines(results: Results, path: Path) -> Path:
 
 
 def _draw_success(results: Results, path: Path) -> Path:
-    """Draws success against angle and longest step: a row per place."""
+    """Draws success against angle and longest step: a row per place and rate."""
     config = results.about["config"]
-    figure = Figure(figsize=(11.0, 6.6), layout="constrained")
-    axes = figure.subplots(len(PLACES), 2, sharey=True)
-    for arm in _arms(results.rows):
-        look = plots.style(config["clip"], arm["arm"])
-        look |= {"ls": "none", "label": arm["arm"]}
-        shift = APART * config["clip"].index(arm["arm"])
-        row = axes[list(PLACES).index(arm["place"])]
-        for axis, x in zip(row, (_angle(arm["cosine"]) + shift, arm["longest"])):
-            if arm["place"] == "cliff":
-                axis.plot(x, arm["success"], marker="o", **look)
-            else:
-                successes = round(arm["success"] * arm["runs"])
-                plots.shares(axis, [x], [successes], arm["runs"], **look)
-    for row, name in zip(axes, PLACES.values()):
-        row[0].set_ylabel(f"{name}:\nshare that succeeds")
+    rows = outcomes.by(_arms(results.rows), "place", "lr")
+    figure = Figure(figsize=(11.0, 0.6 + 3.0 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), 2, sharey=True)
+    for row, ((place, lr), same) in zip(axes, rows.items(), strict=True):
+        for arm in same:
+            look = plots.style(config["clip"], arm["arm"])
+            look |= {"ls": "none", "label": arm["arm"]}
+            shift = APART * config["clip"].index(arm["arm"])
+            for axis, x in zip(row, (_angle(arm) + shift, arm["longest"])):
+                if place == "cliff":
+                    axis.plot(x, arm["success"], marker="o", **look)
+                else:
+                    successes = sum(arm["successes"])
+                    plots.shares(axis, [x], [successes], arm["runs"], **look)
+        row[0].set_ylabel(f"{PLACES[place]}, lr {lr:g}:\nshare that succeeds")
         row[1].set_xscale("log")
     axes[-1, 0].set_xlabel("median angle of clipped updates, degrees")
     axes[-1, 1].set_xlabel("largest norm after the clip")
@@ -458,19 +484,21 @@ def _draw_success(results: Results, path: Path) -> Path:
     return plots.save(figure, path, results, caption)
 
 
-def _angle(cosine: float) -> float:
-    """Returns an angle in degrees, 0 where nothing was clipped."""
-    return 0.0 if math.isnan(cosine) else math.degrees(math.acos(min(cosine, 1.0)))
+def _angle(arm: dict[str, Any]) -> float:
+    """Returns the median angle in degrees."""
+    return math.degrees(math.acos(min(_turn(arm), 1.0)))
 
 
-def _kind(spec: str) -> str:
-    return clips.parse(spec).name
+def _kind(arm: dict[str, Any]) -> str:
+    """Returns the name of a clip; none is a kind of its own."""
+    return arm["arm"].partition(":")[0]
 
 
 def _caption(config: dict[str, Any]) -> str:
     starts = config["starts"]
     return (
-        f"cliff: {starts} x {starts} starts, {config['cliff_updates']} updates; "
+        f"cliff: T = {CLIFF_LENGTH}, lr {config['cliff_lr']:g}, {starts} x {starts} "
+        f"starts, {config['cliff_updates']} updates; "
         f"temporal order: length {config['length']}, plain RNN with "
         f"{config['hidden']} units, {INITIAL}, SGD,\n{config['seeds']} seeds, "
         f"{config['updates']} updates of {config['batch']} sequences"

@@ -11,12 +11,12 @@ number of a dtype, or shrinks until the smallest, after
 
     k = floor(log(largest or smallest) / log(rho)) + 1
 
-steps. Units that saturate have slopes of at most 1 (tanh) or 1/4 (sigmoid), and so tame
-an explosion; what vanishes, they make vanish sooner. (Hochreiter, Untersuchungen zu
-dynamischen neuronalen Netzen, 1991; Bengio, Simard, Frasconi, Learning long-term
-dependencies with gradient descent is difficult, 1994; Pascanu, Mikolov, Bengio, On the
-difficulty of training recurrent neural networks, 2013, https://arxiv.org/abs/1211.5063,
-section 2.)
+steps, where rho is rounded to the dtype as well: 1.1 is 1.1015625 in bfloat16. Units
+that saturate have slopes act' of at most 1 (tanh) or 1/4 (sigmoid). (Hochreiter,
+Untersuchungen zu dynamischen neuronalen Netzen, 1991; Bengio, Simard, Frasconi,
+Learning long-term dependencies with gradient descent is difficult, 1994; Pascanu,
+Mikolov, Bengio, On the difficulty of training recurrent neural networks, 2013,
+https://arxiv.org/abs/1211.5063, section 2.)
 
 Nothing is trained. Every unit receives normal noise of standard deviation 1 besides.
 """
@@ -62,13 +62,16 @@ CHAINS = (
     *(("linear", dtype) for dtype in DTYPES),
     *((unit, "float32") for unit in ("tanh", "sigmoid")),
 )
+# A chain follows the law if its slope is this near to the logarithm of the radius.
+TOLERANCE = 0.02
 TABLE_CAPTION = (
     "By spectral radius: how much the logarithm of the norm changes per step back, "
-    "fitted to the second half of the steps, median over seeds; and after how many "
-    "steps the norm is infinite or below the smallest normal number of the dtype; -: "
-    "not before the end. Last lines: the norms of the linear float32 chains are fed to "
-    "clips: the largest norm that comes out; how many that are not finite come out, of "
-    "those that went in; and how many become 0."
+    "fitted to the second half of the steps in range, median over seeds, -: too few; "
+    "and after how many steps the norm is infinite or below the smallest normal number "
+    "of the dtype, -: not before the end. Law: of the radius rounded to the dtype. "
+    "Last lines: the norms of the linear float32 chains are fed to clips: the largest "
+    "norm that comes out; how many that are not finite come out, of those that went "
+    "in; and how many become 0."
 )
 
 
@@ -92,8 +95,11 @@ class ExplodeConfig(Config):
     def __post_init__(self) -> None:
         """Refuses impossible values."""
         check_different("radius", self.radius)
+        half = jnp.finfo("float16")
+        least, most = float(half.tiny), float(half.max)
         for radius in self.radius:
-            require(0 < radius < math.inf, "radius", "finite and > 0", radius)
+            rule = f"in the range of float16, {least:.2g} to {most:.0f}"
+            require(least <= radius <= most, "radius", rule, radius)
         check_clips(self.clip)
         require(self.hidden >= 2, "hidden", ">= 2", self.hidden)
         require(self.steps >= 10, "steps", ">= 10", self.steps)
@@ -168,13 +174,18 @@ def lost(norms: np.ndarray, dtype: str) -> float:
     return math.nan if inside.all() else float(np.argmin(inside))
 
 
+def rounded(radius: float, dtype: str) -> float:
+    """Returns a radius as a dtype has it."""
+    return float(jnp.float32(radius).astype(dtype))
+
+
 def lost_by_law(radius: float, dtype: str) -> float:
     """Returns after how many steps radius^k leaves the range of a dtype; NaN: never."""
-    if radius == 1:
+    factor, info = rounded(radius, dtype), jnp.finfo(dtype)
+    if factor == 1:
         return math.nan
-    info = jnp.finfo(dtype)
-    end = float(info.max if radius > 1 else info.tiny)
-    return float(math.floor(math.log2(end) / math.log2(radius)) + 1)
+    end = float(info.max if factor > 1 else info.tiny)
+    return float(math.floor(math.log2(end) / math.log2(factor)) + 1)
 
 
 def slope(norms: np.ndarray, dtype: str) -> float:
@@ -261,7 +272,7 @@ def _chain_rows(
             "seed": config.seed + j,
             "updates": config.steps,
             "slope": slope(norms[i, j], dtype),
-            "law": math.log(radius),
+            "law": math.log(rounded(radius, dtype)),
             "lost": lost(norms[i, j], dtype),
             "lost_by_law": lost_by_law(radius, dtype),
             "seconds": seconds,
@@ -314,11 +325,19 @@ def table(rows: Rows) -> Table:
 
 def _cell(runs: Rows) -> str:
     steps = stats.spread([run["lost"] for run in runs]).median
-    return f"{outcomes.median('slope')(runs):+.4f}, {_steps(steps)}"
+    slopes = [run["slope"] for run in _fitted(runs)]
+    slope = f"{np.median(slopes):+.4f}" if slopes else "-"
+    return f"{slope}, {_steps(steps)}"
 
 
 def _law(radius: float, dtype: str) -> str:
-    return f"{math.log(radius):+.4f}, {_steps(lost_by_law(radius, dtype))}"
+    slope = math.log(rounded(radius, dtype))
+    return f"{slope:+.4f}, {_steps(lost_by_law(radius, dtype))}"
+
+
+def _fitted(chains: Rows) -> Rows:
+    """Returns those that are long enough in range to have a slope."""
+    return [row for row in chains if not math.isnan(row["slope"])]
 
 
 def _steps(steps: float) -> str:
@@ -333,13 +352,7 @@ def verdict(rows: Rows) -> list[str]:
     fed = [row for row in rows if "unit" not in row]
     lines = []
     for (dtype,), same in outcomes.by(linear, "dtype").items():
-        off = max(same, key=lambda row: abs(row["slope"] - row["law"]))
-        lines.append(
-            f"linear units, {dtype}: the logarithm of the norm changes per step by "
-            f"log(radius), within {abs(off['slope'] - off['law']):.1g} in all "
-            f"{len(same)} chains; farthest off: {off['kernel']}, radius "
-            f"{off['radius']:g}"
-        )
+        lines.append(f"linear units, {dtype}: {_against_law(same)}")
         ones = [row for row in same if row["kernel"] == ONE]
         steps = [
             f"{_steps(row['lost'])} steps at radius {row['radius']:g} (law: "
@@ -350,17 +363,7 @@ def verdict(rows: Rows) -> list[str]:
         if steps:
             lines.append(f"one number, {dtype}: out of range after {', '.join(steps)}")
     for (unit,), same in outcomes.by(others, "unit").items():
-        below = sum(row["slope"] < row["law"] for row in same)
-        growing = sorted({row["radius"] for row in same if row["slope"] > 0})
-        lines.append(
-            f"{unit} units: the norm falls faster, or grows more slowly, than with "
-            f"linear ones in {below} of {len(same)} chains, and grows "
-            + (
-                f"at radius {', '.join(map('{:g}'.format, growing))}"
-                if growing
-                else "in none"
-            )
-        )
+        lines.append(f"{unit} units: {_against_linear(same)}")
     for (arm,), same in outcomes.by(fed, "arm").items():
         lines.append(
             f"{arm}: of norms up to {max(row['came'] for row in same):.1e} it leaves "
@@ -370,6 +373,46 @@ def verdict(rows: Rows) -> list[str]:
             f"{sum(row['zeroed'] for row in same)} that are not 0 become 0"
         )
     return lines
+
+
+def _against_law(chains: Rows) -> str:
+    """Says how many linear chains follow the law, of those that have a slope."""
+    fitted, said = _fitted(chains), []
+    if fitted:
+        off = [abs(row["slope"] - row["law"]) for row in fitted]
+        farthest = fitted[int(np.argmax(off))]
+        said.append(
+            f"per step the logarithm of the norm changes by log(radius), within "
+            f"{TOLERANCE:g}, in {sum(x <= TOLERANCE for x in off)} of {len(fitted)} "
+            f"chains; farthest off, by {max(off):.1g}: {farthest['kernel']}, radius "
+            f"{farthest['radius']:g}"
+        )
+    if len(fitted) < len(chains):
+        early = len(chains) - len(fitted)
+        said.append(f"{early} of {len(chains)} left the range too early to fit")
+    return "; ".join(said)
+
+
+def _against_linear(chains: Rows) -> str:
+    """Compares the slopes of other units with the law, or else when they end."""
+    fitted, said = _fitted(chains), []
+    if fitted:
+        below = sum(row["slope"] < row["law"] for row in fitted)
+        growing = sorted({row["radius"] for row in fitted if row["slope"] > 0})
+        radii = ", ".join(f"{radius:g}" for radius in growing)
+        said.append(
+            "the norm falls faster, or grows more slowly, than with linear ones in "
+            f"{below} of {len(fitted)} chains, and grows "
+            + (f"at radius {radii}" if growing else "in none")
+        )
+    early = [row for row in chains if math.isnan(row["slope"])]
+    if early:
+        sooner = sum(not row["lost"] >= row["lost_by_law"] for row in early)
+        said.append(
+            f"{len(early)} of {len(chains)} left the range too early to fit, {sooner} "
+            "of them sooner than linear ones do by the law"
+        )
+    return "; ".join(said)
 
 
 def figures(results: Results, directory: Path) -> list[Path]:
@@ -425,7 +468,7 @@ def _draw_dtypes(results: Results, path: Path) -> Path:
             label = f"radius {radius:g}"
             inside = norms[i] if math.isnan(end) else norms[i][: int(end)]
             _plot(axis, inside[None], label=label, **look)
-            _law_line(axis, steps, radius)
+            _law_line(axis, steps, rounded(radius, dtype))
             if not math.isnan(end):
                 axis.plot(end - 1, inside[-1], "x", **look)
                 axis.annotate(
@@ -445,7 +488,7 @@ def _draw_dtypes(results: Results, path: Path) -> Path:
     runs = (
         f"linear units, one number, {config['steps']} steps; grey: largest and "
         "smallest normal number\nx: the last step in range, and how many steps lead "
-        "out of it; dashed: radius^k"
+        "out of it; dashed: radius^k, of the radius rounded to the dtype"
     )
     return plots.save(figure, path, results, runs)
 

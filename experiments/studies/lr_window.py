@@ -7,13 +7,18 @@ rate and those around it that work, without a gap; its width, in decades, is
 
     log10(largest / smallest),
 
-0 if a single learning rate works. It is as exact as the grid is fine, and a window that
-ends where the grid ends may be wider (>=).
+0 if a single learning rate works. It is as exact as the grid is fine: windows can be
+compared if the grid is evenly spaced, as it is by default. A window that ends where the
+grid ends may be wider (>=). It is wider than another for certain if the other is
+narrower and ends inside the grid; else a window cut off by the grid tells nothing.
 
-A clip limits the steps, so it also moves the window: learning rates that were good can
-become too low. Whether the window gets *wider*, and whether a clip at its best learning
-rate ends with a lower loss than no clip at its own, are two questions, answered side by
-side.
+A clip limits the steps: does it only move the window, to higher learning rates, or does
+the window get *wider*? And does a clip at its best learning rate end with a lower loss
+than no clip at its own? These are two questions, answered side by side.
+
+Learning rates are chosen, and results read off, on the same images (the test images of
+the digits) or characters (the validation split of the text), of which only the seeds
+differ: the losses are for comparing clips, not for quoting.
 
 A setting is what is trained, and how: digits (read row by row) or text (whose next
 character is predicted); plain tanh units, an LSTM or a GRU; SGD, SGD with momentum 0.9,
@@ -52,6 +57,8 @@ SHARES = {"sgd": 1.0, "momentum": 0.1, "adam": 0.01}
 SETTINGS = tuple(map("-".join, itertools.product(UNITS, models.CELLS, SHARES)))
 # A learning rate works if it gains this share of what the best arm gains.
 WORKS = 0.8
+# How learning rates at an end of the grid are marked in the table.
+EDGES = {"": "", "smallest": "<=", "largest": ">="}
 # How often a run is judged, and on how many sequences of a text.
 CHECKS = 5
 EXAMPLES = 64
@@ -63,13 +70,14 @@ SPACING = 0.045
 FAR = 1e9
 TICKS = 1, 2, 5
 TABLE_CAPTION = (
-    "Loss on held-out examples at the end (digits: nats; text: bits per character): "
-    "median with its 95 % interval (the range, of fewer than 6 seeds), at the best "
-    "learning rate, chosen on the first half of the seeds and read off the others. "
-    "Clipped: share of the updates there. Window: learning rates around the best that "
-    f"work, that is gain {WORKS:.0%} or more of what the best arm gains; >=: it ends "
-    "where the grid ends. Width: in decades; wider: than without a clip. Diverged: "
-    "runs at all learning rates that end with a larger loss than they began with."
+    "Loss at the end on held-out examples, by which learning rates are judged too "
+    "(digits, test images: nats; text, validation split: bits per character): median "
+    "with its 95 % interval (the range, of fewer than 6 seeds), at the best learning "
+    "rate{choice}. Clipped: share of the updates there. Window: learning rates around "
+    f"the best that work, that is gain {WORKS:.0%} or more of what the best arm of the "
+    "setting gains. Width: in decades; wider: than without a clip, if both windows end "
+    "inside the grid. >= and <=: at an end of the grid. Diverged: runs at all learning "
+    "rates that end with a larger loss than they began with."
 )
 
 
@@ -112,8 +120,10 @@ class Window(NamedTuple):
 
     @property
     def width(self) -> float:
-        """Decades; -inf if no learning rate works."""
-        return math.log10(self.lrs[-1] / self.lrs[0]) if self.lrs else -math.inf
+        """Decades, to two places as learning rates are rounded; -inf if none works."""
+        if not self.lrs:
+            return -math.inf
+        return round(math.log10(self.lrs[-1] / self.lrs[0]), 2)
 
     def __str__(self) -> str:
         """Writes the width."""
@@ -219,6 +229,19 @@ def window(lrs: Sequence[float], losses: Sequence[float], limit: float) -> Windo
     return Window(tuple(lrs[first : last + 1]), ends)
 
 
+def compared(clip: Window, none: Window) -> str:
+    """Compares the windows with and without a clip; one cut off may be wider.
+
+    Returns:
+      "wider" or "narrower" if it is for certain, "equal", or "cut off".
+    """
+    if none.ends and clip.width > none.width:
+        return "wider"
+    if clip.ends and clip.width < none.width:
+        return "narrower"
+    return "equal" if clip.ends and none.ends else "cut off"
+
+
 def table(rows: Rows) -> Table:
     """Returns one line per setting and clip."""
     names = "best lr", "loss", "clipped", "window", "width", "wider", "diverged"
@@ -228,25 +251,31 @@ def table(rows: Rows) -> Table:
         box=SIMPLE,
         padding=(0, 1, 0, 0),
         title=rows[0]["experiment"],
-        caption=TABLE_CAPTION,
+        caption=TABLE_CAPTION.format(choice=_choice(rows)),
     )
     for setting, clips in _by_setting(rows).items():
         result.add_section()
         result.add_row(Text(setting, style="bold"))
         for arm, found in clips.items():
-            none = clips.get("none", found)
-            wider = found.window.width - none.window.width
+            none, lr = clips.get("none"), found.tuned.lr
             result.add_row(
                 arm,
-                f"{found.tuned.lr:g}",
+                f"{EDGES[outcomes.edge(lr, found.runs)]}{lr:g}",
                 f"{_loss(found.tuned.runs):.3g}",
-                _clipped(found.tuned.runs),
+                outcomes.clipped(found.tuned.runs),
                 _rates(found.window),
                 str(found.window),
-                f"{wider:+.2f}" if none is not found and np.isfinite(wider) else "",
+                _wider(found, none) if none and arm != "none" else "",
                 f"{sum(run['diverged'] for run in found.runs)}/{len(found.runs)}",
             )
     return result
+
+
+def _wider(clip: Found, none: Found) -> str:
+    """Writes by how much the window of a clip is wider, if the grid tells."""
+    wider = clip.window.width - none.window.width
+    known = clip.window.ends and none.window.ends and math.isfinite(wider)
+    return f"{wider:+.2f}" if known else ""
 
 
 def verdict(rows: Rows) -> list[str]:
@@ -262,10 +291,11 @@ def verdict(rows: Rows) -> list[str]:
 
 def _by_setting(rows: Rows) -> dict[str, dict[str, Found]]:
     """Returns what came out, by setting and clip."""
-    return {
-        "-".join(setting): _find(runs)
-        for setting, runs in outcomes.by(rows, "task", "cell", "optimizer").items()
-    }
+    return {"-".join(setting): _find(runs) for setting, runs in _settings(rows).items()}
+
+
+def _settings(rows: Rows) -> dict[tuple[str, ...], Rows]:
+    return outcomes.by(rows, "task", "cell", "optimizer")
 
 
 def _find(runs: Rows) -> dict[str, Found]:
@@ -290,18 +320,23 @@ def _find(runs: Rows) -> dict[str, Found]:
 
 def _compare(arm: str, clip: Found, none: Found) -> list[str]:
     """Says how the window of a clip, and its best loss, compare with those of none."""
-    pairs = list(zip(clip.windows, none.windows, strict=True))
-    wider = [window.width > without.width for window, without in pairs]
-    narrower = [window.width < without.width for window, without in pairs]
+    pairs = list(map(compared, clip.windows, none.windows))
+    wider, narrower = ([pair == way for pair in pairs] for way in ("wider", "narrower"))
     effect = outcomes.effect(clip.tuned.runs, none.tuned.runs, "final_loss")
     return [
         f"{arm} works over {_decades(clip.window)}, none over {_decades(none.window)}: "
         f"wider for {sum(wider)} of {len(pairs)} seeds, narrower for {sum(narrower)}, "
-        f"sign test p = {stats.mcnemar(wider, narrower):.1g}{_at_most(clip, none)}",
-        f"at its best learning rate {arm} {effect}: loss {_loss(clip.tuned.runs):.3g} "
-        f"at {clip.tuned.lr:g}, where it clips {_clipped(clip.tuned.runs)} of the "
-        f"updates; none {_loss(none.tuned.runs):.3g} at {none.tuned.lr:g}",
+        f"cut off by the grid for {pairs.count('cut off')}, sign test "
+        f"p = {stats.mcnemar(wider, narrower):.1g}{_at_most(clip, none)}",
+        f"at its best learning rate {arm} {effect}: loss {_at_best(clip)}, where it "
+        f"clips {outcomes.clipped(clip.tuned.runs)} of the updates; none "
+        f"{_at_best(none)}",
     ]
+
+
+def _at_best(found: Found) -> str:
+    lr, runs = found.tuned
+    return f"{_loss(runs):.3g} at {outcomes.rate(lr, found.runs)}"
 
 
 def _at_most(clip: Found, none: Found) -> str:
@@ -344,7 +379,11 @@ def _draw_curves(results: Results, path: Path) -> Path:
         axis.yaxis.set(major_locator=LogLocator(subs=TICKS), major_formatter="{x:g}")
         axis.yaxis.set_minor_locator(NullLocator())
     plots.legend(figure, panels[0][0])
-    note = "bars: 95 % interval of the median; dashed: works; below: the windows"
+    note = (
+        "bars: 95 % interval of the median; a learning rate works below the dashed "
+        f"line,\nwith {WORKS:.0%} or more of what the best arm of the panel gains; "
+        "thick lines below: the windows"
+    )
     return plots.save(figure, path, results, f"{_caption(results)}\n{note}")
 
 
@@ -367,7 +406,7 @@ def _draw_arm(axis: Axes, found: Found, arm: str, names: Sequence[str]) -> list[
 def _draw_maps(results: Results, path: Path) -> Path:
     """Draws the median loss of every arm."""
     config = results.about["config"]
-    size = 2.8 + 0.62 * len(config["lr"]), 1.0 + 0.4 * len(config["clip"])
+    size = 2.8 + 0.75 * len(config["lr"]), 1.0 + 0.4 * len(config["clip"])
     figure, panels = _panels(results, *size)
     for axis, runs in panels:
         unit, per_nat = UNITS[runs[0]["task"]]
@@ -386,7 +425,7 @@ def _panels(
     results: Results, width: float, height: float
 ) -> tuple[Figure, list[tuple[Axes, Rows]]]:
     """Makes a panel per setting: cells side by side, the rest below each other."""
-    settings = outcomes.by(results.rows, "task", "cell", "optimizer")
+    settings = _settings(results.rows)
     cells = [cell for cell in models.CELLS if any(key[1] == cell for key in settings)]
     others = list(outcomes.by(results.rows, "task", "optimizer"))
     figure = Figure(
@@ -406,10 +445,26 @@ def _panels(
 
 def _caption(results: Results) -> str:
     config = results.about["config"]
+    data = "; ".join(
+        f"{task}: {about.partition(',')[0]}"
+        for task, about in results.about["data"].items()
+    )
     return (
         f"{config['seeds']} seeds, {config['updates']} updates of {config['batch']} "
-        f"sequences, {config['hidden']} units"
+        f"sequences, {config['hidden']} units; {data}{_scales(results.rows)}"
     )
+
+
+def _scales(rows: Rows) -> str:
+    """Says where learning rates are not those of the config."""
+    used = dict.fromkeys(row["optimizer"] for row in rows)
+    scales = [f"{SHARES[name]:g} ({name})" for name in used if SHARES[name] != 1]
+    return f"\nlearning rates: those of sgd times {', '.join(scales)}" if scales else ""
+
+
+def _choice(rows: Rows) -> str:
+    """Says how learning rates were chosen, in every setting alike."""
+    return outcomes.choice(next(iter(_settings(rows).values())))
 
 
 def _end(runs: Rows) -> float:
@@ -427,10 +482,6 @@ def _median_loss(runs: Rows) -> float:
     return _loss(runs).median
 
 
-def _clipped(runs: Rows) -> str:
-    return f"{np.mean([run['clipped'] for run in runs]):.0%}"
-
-
 def _decades(window: Window) -> str:
     if not window.lrs:
         return "no learning rate"
@@ -443,11 +494,25 @@ def _rates(window: Window) -> str:
     return " to ".join(dict.fromkeys(f"{window.lrs[i]:g}" for i in (0, -1)))
 
 
+def rates(steps: int, first: int, last: int) -> tuple[float, ...]:
+    """Returns evenly spaced learning rates, to three digits.
+
+    Args:
+      steps: how many to a decade.
+      first: k of the first.
+      last: k of the last.
+
+    Returns:
+      10^(k / steps).
+    """
+    return tuple(float(f"{10 ** (k / steps):.3g}") for k in range(first, last + 1))
+
+
 NORM = "clip_by_global_norm"
 SMOKE = LrWindowConfig(
     experiment="lr_window",
     setting=("digits-rnn-sgd",),
-    lr=(0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0),
+    lr=rates(2, -4, 3),
     clip=("none", f"{NORM}:1.0", f"{NORM}:0.1"),
     seeds=8,
     updates=600,
@@ -464,10 +529,10 @@ STANDARD = dataclasses.replace(
         "text-rnn-sgd",
         "text-lstm-sgd",
     ),
-    lr=(0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0),
-    seeds=10,
+    lr=rates(3, -5, 7),
     updates=400,
     batch=8,
+    length=24,
 )
 STUDY = Study(
     about="which learning rates work, with and without a clip: digits and text",
@@ -477,7 +542,7 @@ STUDY = Study(
         "full": dataclasses.replace(
             STANDARD,
             setting=SETTINGS,
-            lr=(0.005, 0.01, *STANDARD.lr, 50.0, 100.0),
+            lr=rates(3, -9, 8),
             clip=("none", *(f"{NORM}:{c}" for c in (3.0, 1.0, 0.3, 0.1))),
             seeds=20,
             updates=5000,

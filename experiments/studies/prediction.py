@@ -2,9 +2,8 @@
 
 Every clip is run at every learning rate, on the same seeds. Clips are compared each at
 its own best learning rate: that is the one with the lowest median validation loss on
-the first half of the seeds, and what it gives is read off the other half. As both runs
-of a seed begin with the same parameters and see the same batches, losses are compared
-seed by seed:
+the first seeds, and what it gives is read off the others. As both runs of a seed begin
+with the same parameters and see the same batches, losses are compared seed by seed:
 
     gap = loss without a clip - loss with it
 
@@ -13,8 +12,8 @@ below. Fewer than `FEWEST` pairs have no interval of 95 %, and give no verdict.
 
 How wide the range of good learning rates is, is another question: a run has *failed* if
 it ends with a larger validation loss than the weakest baseline, and a learning rate
-*beats* the strongest one if its median run ends below that. Tanh and sigmoid units hold
-the answers finite, so that a run which blows up rarely ends in NaN.
+*beats* the strongest one if its median run ends below that. Loss, not NaN, decides:
+tanh and sigmoid units hold the answers finite.
 
 A threshold means nothing without the loss it is for: here losses are means over the
 batch and all steps, in nats. Where a loss is summed over T steps instead, gradients are
@@ -43,13 +42,13 @@ from experiments.tasks.data_sets import Split
 # Fewest pairs of runs whose median has an interval of 95 %: 2 / 2^6 < 5 %.
 FEWEST = 6
 TABLE_CAPTION = (
-    "Each clip at its best learning rate, by the validation loss on the first half of "
-    "the seeds; losses at the end, in {unit}, on the other seeds: median with its 95 % "
-    "interval (the range, of fewer than 6 seeds). Gap: test loss without a clip minus "
-    "that with it, seed by seed. Clipped: share of the updates. Norm: of the gradient "
-    "before the clip, median. At all learning rates: failed, runs that end with a "
-    "larger validation loss than the weakest baseline; beat, learning rates "
-    "whose median run ends below the strongest one."
+    "Losses at the end, in {unit}, of each clip at its best learning rate by the "
+    "validation loss{choice}: median with its 95 % interval (the range, of fewer than "
+    "6 seeds). Gap: test loss without a clip minus that with it, seed by seed. "
+    "Clipped: share of the updates. Norm: of the gradient before the clip, median. At "
+    "all learning rates: failed, runs that end with a larger validation loss than the "
+    "weakest baseline; beat, learning rates whose median run ends below the strongest "
+    "one."
 )
 
 
@@ -249,8 +248,12 @@ def gaps(none: Rows, clip: Rows, name: str) -> list[float]:
 
 
 def typical(gaps: list[float]) -> stats.Spread:
-    """Returns the median of gaps, and its interval."""
-    return stats.Spread(float(np.median(gaps)), *stats.interval_of_median(gaps))
+    """Returns the median of gaps, and its interval.
+
+    Of two in the middle it is the lower one: their mean may be that of inf and -inf.
+    """
+    middle = sorted(gaps)[(len(gaps) - 1) // 2]
+    return stats.Spread(middle, *stats.interval_of_median(gaps))
 
 
 def effect(gaps: list[float]) -> str:
@@ -282,7 +285,9 @@ def table(rows: Rows) -> Table:
         box=SIMPLE,
         padding=(0, 1, 0, 0),
         title=rows[0]["experiment"],
-        caption=TABLE_CAPTION.format(unit=rows[0]["unit"]),
+        caption=TABLE_CAPTION.format(
+            unit=rows[0]["unit"], choice=outcomes.choice(_trained(rows))
+        ),
     )
     none = found.get("none")
     for arm, clip in found.items():
@@ -298,7 +303,7 @@ def table(rows: Rows) -> Table:
             f"{outcomes.typical(runs, 'valid_loss'):.2f}",
             f"{outcomes.typical(runs, 'test_loss'):.2f}",
             gap,
-            f"{np.mean([run['clipped'] for run in runs]):.0%}",
+            outcomes.clipped(runs),
             f"{outcomes.median('grad_norm_median')(runs):.2g}",
             _failed(clip),
             _beating(clip),
@@ -333,7 +338,7 @@ def verdict(rows: Rows) -> list[str]:
 
 def _at_best(found: Found) -> str:
     loss = outcomes.typical(found.tuned.runs, "test_loss")
-    return f"{loss:.2f} at learning rate {found.tuned.lr:g}"
+    return f"{loss:.2f} at learning rate {outcomes.rate(found.tuned.lr, found.runs)}"
 
 
 def _failed(found: Found) -> str:

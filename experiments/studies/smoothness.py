@@ -26,10 +26,10 @@ nine in ten points are below L0 + L1 |grad f|: among all such lines the one from
 logarithms are nearest (quantile regression: Koenker, Bassett, Regression quantiles,
 1978; quantiles of logarithms are logarithms of quantiles).
 
-Steps of a learning rate above 2 / L diverge on a quadratic, so without a clip training
-itself keeps L from growing far beyond that (Cohen, Kaur, Li, Kolter, Talwalkar,
-Gradient descent on neural networks typically occurs at the edge of stability, 2021,
-https://arxiv.org/abs/2103.00065); the figure shows 2 / lr.
+Steps of a learning rate above 2 / L diverge on a quadratic, and Cohen, Kaur, Li,
+Kolter, Talwalkar (Gradient descent on neural networks typically occurs at the edge of
+stability, 2021, https://arxiv.org/abs/2103.00065) see steps on the whole of the data
+keep L near 2 / lr; the figure shows 2 / lr.
 """
 
 import dataclasses
@@ -77,9 +77,11 @@ LOGIT, CANDIDATES, ZOOMS = 22.0, 111, 4
 # Runs with an interval of 95 % for their median: 2 / 2^6 < 5 %.
 FEWEST_SEEDS = 6
 TABLE_CAPTION = (
-    "Medians over seeds; intervals have 95 % (with fewer than 6 seeds: ranges). "
+    "Medians over seeds; intervals have 95 % (with fewer than 6 seeds: ranges). Loss: "
+    "on the windows on which all is measured, at the last point. "
     "Spearman: correlation of smoothness and gradient norm over the points of a run; "
-    "at equal k: with the number of the update held constant. L0, L1: "
+    "at equal k: with the number of the update held constant; where it cannot be "
+    "measured, intervals take it for the worst of -1 and 1. L0, L1: "
     f"{BELOW:.0%} of the points are below L0 + L1 |g|. Lost: points not finite."
 )
 
@@ -270,13 +272,19 @@ def fit(grad_norm: np.ndarray, smoothness: np.ndarray) -> Line:
     return Line(float(l0), float(l1))
 
 
+def cut(updates: int, every: int) -> list[int]:
+    """Cuts updates into pieces of one length, and what is left of them."""
+    rest = updates % every
+    return [every] * (updates // every) + [rest] * (rest > 0)
+
+
 def run(config: SmoothnessConfig, journal: Journal) -> tuple[Rows, arms.Curves]:
     """Trains all arms on all seeds with each cell, and measures on the way."""
     task = text.load(config.data, config.length)
     grid = arms.grid(config.lr, config.clip)
     kinds = len(arms.by_kind(grid))
     journal.expect("smoothness", config.updates * kinds * len(config.cell))
-    pieces = train.chunks(config.updates, config.updates // config.every)
+    pieces = cut(config.updates, config.every)
     rows: Rows = []
     curves: dict[str, np.ndarray] = {"at": np.cumsum([0, *pieces[:-1]])}
     for cell in config.cell:
@@ -448,12 +456,11 @@ def verdict(rows: Rows) -> list[str]:
     """Says for each cell and arm whether smoothness grows with the gradient norm."""
     lines = []
     for (cell, arm, lr), runs in outcomes.by(rows, "cell", "arm", "lr").items():
-        spans = outcomes.median("spans")(runs)
         lines.append(
             f"{cell}, lr {lr:g}, {arm}: {_claim(runs)}: Spearman "
             f"{_typical(runs, 'spearman'):.2f}, with the update held constant "
-            f"{_typical(runs, 'at_equal_update'):.2f} ({len(runs)} seeds); the "
-            f"smoothness of a run spans a factor of {spans:.2g}"
+            f"{_typical(runs, 'at_equal_update'):.2f} ({len(runs)} seeds)"
+            f"{_unmeasured(runs)}{_span(runs)}"
         )
     return lines
 
@@ -463,24 +470,47 @@ def _claim(runs: Rows) -> str:
     if len(runs) < FEWEST_SEEDS:
         return f"no verdict from fewer than {FEWEST_SEEDS} seeds"
     _, low, high = _typical(runs, "spearman")
-    if low > 0:
-        found = "smoothness grows with the gradient norm, as in Zhang et al."
-        held = _typical(runs, "at_equal_update").low > 0
-        return found if held else f"{found}, but not beyond what both follow in time"
     if high < 0:
         return "smoothness falls with the gradient norm, unlike in Zhang et al."
-    return (
-        "smoothness has no clear relation to the gradient norm, unlike in Zhang et al."
-    )
+    if low <= 0:
+        return "smoothness has no clear relation to the gradient norm"
+    found = "smoothness grows with the gradient norm, as in Zhang et al."
+    _, low, high = _typical(runs, "at_equal_update")
+    if high < 0:
+        return f"{found}, but not beyond what both follow in time"
+    if low <= 0:
+        return f"{found}; whether beyond what both follow in time is not clear"
+    return found
+
+
+def _unmeasured(runs: Rows) -> str:
+    """Says how many runs lack one of the correlations, if any does."""
+    names = "spearman", "at_equal_update"
+    lacking = sum(any(math.isnan(run[name]) for name in names) for run in runs)
+    if not lacking:
+        return ""
+    return f"; {lacking} of {len(runs)} runs have no correlation to measure"
+
+
+def _span(runs: Rows) -> str:
+    """Says by which factor the smoothness of a run varies, if it is known."""
+    span = outcomes.median("spans")(runs)
+    known = math.isfinite(span)
+    return f"; the smoothness of a run spans a factor of {span:.2g}" if known else ""
 
 
 def _typical(runs: Rows, name: str) -> stats.Spread:
     """Returns the median of a correlation over seeds, and its interval.
 
-    NaN is taken as -inf: it is no support for a correlation.
+    One that cannot be measured stays out of the median, and is anything from -1 to 1
+    in the interval.
     """
-    low, high = stats.interval_of_median([-run[name] for run in runs])
-    return stats.Spread(-stats.spread([-run[name] for run in runs]).median, -high, -low)
+    values = np.array([run[name] for run in runs])
+    lost = np.isnan(values)
+    low, _ = stats.interval_of_median(np.where(lost, -1, values))
+    _, high = stats.interval_of_median(np.where(lost, 1, values))
+    median = math.nan if lost.all() else float(np.median(values[~lost]))
+    return stats.Spread(median, low, high)
 
 
 def figures(results: Results, directory: Path) -> list[Path]:

@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from experiments import cli
+from experiments import cli, results
 from experiments.cli import main
 from experiments.studies import STUDIES
 
@@ -61,7 +61,7 @@ def run_rows(*options):
         (["list", "--devices", "2"], "misplaced options: --devices"),
         (["plot"], "directory"),
         (["plot", "nowhere"], "nowhere holds no run: there is no config.json."),
-        (["plot", "unfinished"], "results.jsonl is missing"),
+        (["plot", "unfinished"], "no finished run is in unfinished: see resume."),
         (["plot", "broken"], "broken cannot be read"),
         (["plot", "foreign"], f"foreign holds no run of {NAMES}"),
         (["resume"], "directory"),
@@ -70,7 +70,12 @@ def run_rows(*options):
         (["resume", "corrupt"], "corrupt cannot be read: "),
         (["resume", "unfinished"], f"unfinished holds no run of {NAMES}"),
         (["resume", "other"], "the config of the run is not possible:"),
-        (["resume", "elsewhere"], "elsewhere was begun on 3 x abacus, and here is"),
+        (["resume", "older"], "config.json is not that of a run."),
+        (["resume", "elsewhere"], "was begun with device 3 x abacus, and here it is 8"),
+        (
+            ["resume", "changed"],
+            "was begun with data other data, and here it is starts",
+        ),
         (["suite", "nothing"], f"names must be of {NAMES}, got names=nothing."),
         (["suite", "cliff", "cliff"], "names must be one or more different values"),
         (["run", "temporal_order", "--length", "9"], "length of torder must be >= 10"),
@@ -90,23 +95,30 @@ def test_what_cannot_be_done_ends_with_one_line_and_code_2(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
     (tmp_path / "empty").mkdir()
-    cliff = {"experiment": "cliff", "lr": [0.3], "clip": ["none"]}
-    configs = {
-        "unfinished": {"config": {}},
-        "broken": {"config": {}},
-        "foreign": {"config": {}},
-        "corrupt": None,
-        "other": {"config": cliff | {"length": 3}},
-        "elsewhere": {"config": cliff, "device": "3 x abacus", "command": "run it"},
+    results.begin(tmp_path / "empty", STUDIES["cliff"].tiers["smoke"], {})
+    whole = json.loads((tmp_path / "empty" / "config.json").read_text())
+    (tmp_path / "empty" / "config.json").unlink()
+    facts = STUDIES["cliff"].facts(STUDIES["cliff"].tiers["smoke"])
+    whole |= json.loads(json.dumps(facts))
+    abouts = {
+        "unfinished": whole | {"config": {}},
+        "broken": whole,
+        "foreign": whole | {"config": {"experiment": ["cliff"]}},
+        "older": {"config": whole["config"]},
+        "other": whole | {"config": whole["config"] | {"size": 3}},
+        "elsewhere": whole | {"device": "3 x abacus"},
+        "changed": whole | {"data": "other data"},
     }
-    for name, about in configs.items():
+    for name, about in abouts.items():
         (tmp_path / name).mkdir()
-        text = "{" if about is None else json.dumps(about)
-        (tmp_path / name / "config.json").write_text(text)
+        (tmp_path / name / "config.json").write_text(json.dumps(about))
+    (tmp_path / "corrupt").mkdir()
+    (tmp_path / "corrupt" / "config.json").write_text("{")
     for name in ("broken", "foreign"):
         (tmp_path / name / "results.jsonl").write_text("")
     (tmp_path / "broken" / "curves.npz").write_text("")
     np.savez(tmp_path / "foreign" / "curves.npz")
+    (tmp_path / "foreign" / "results.jsonl").write_text("{}\n")
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
     out, err = capsys.readouterr()
@@ -176,7 +188,8 @@ def test_suite_runs_experiments_in_directories_of_their_own(worked, tmp_path, na
 
 def test_resume_leaves_what_is_finished_alone(worked, tmp_path, capsys):
     main(["suite", "limits", "cliff", "--out", str(tmp_path)])
-    (tmp_path / "cliff" / "results.jsonl").write_text("")
+    for name in ("results.jsonl", "report.html"):
+        (tmp_path / "cliff" / name).write_text("")
     worked.clear()
     main(["resume", str(tmp_path)])
     assert [path for path, *_ in worked] == [tmp_path / "limits"]

@@ -9,6 +9,7 @@ from rich.progress import Progress
 
 from experiments import arms, clips
 from experiments.journal import Journal, Stopped
+from experiments.results import Results
 from experiments.studies import cliff
 from experiments.studies.cliff import Point
 
@@ -64,18 +65,25 @@ def test_a_step_goes_against_the_clipped_gradient(spec, cut):
     np.testing.assert_allclose(descent.point, np.array(point) - lr * kept, rtol=1e-6)
     np.testing.assert_array_equal(move.point, np.array(point, np.float32))
     assert descent.steepest == pytest.approx(np.linalg.norm(grad), rel=1e-4)
+    assert descent.lowest == pytest.approx(oracle(*point)[0], rel=1e-5)
     assert move.clipped == (np.linalg.norm(kept) < np.linalg.norm(grad))
     cosine = grad @ kept / np.linalg.norm(grad) / np.linalg.norm(kept)
     assert move.cosine == pytest.approx(cosine, abs=1e-6)
     assert move.kept_norm == pytest.approx(np.linalg.norm(kept), rel=1e-4)
 
 
-def test_the_steepest_gradient_is_remembered():
+@pytest.mark.parametrize(
+    ("before", "at", "after"),
+    [(1e-4, 5.2, 1e-4), (0.5, NAN, 0.5), (0.5, 5.2, oracle(*PLAIN, 2)[0])],
+)
+def test_the_steepest_gradient_and_the_lowest_error_are_remembered(before, at, after):
     clip = clips.parse("none")
     knobs = arms.Knobs(jnp.float32(0.1), jnp.float32(math.inf))
-    start = cliff.begin(clip, knobs, Point(*map(jnp.float32, PLAIN)))
-    descent, _ = cliff.step(clip, 2, knobs, start._replace(steepest=jnp.float32(9)))
-    assert descent.steepest == 9
+    start = cliff.begin(clip, knobs, Point(*map(jnp.float32, (at, PLAIN.b))))
+    met = start._replace(steepest=jnp.float32(9), lowest=jnp.float32(before))
+    descent, _ = cliff.step(clip, 2, knobs, met)
+    np.testing.assert_equal(float(descent.steepest), NAN if math.isnan(at) else 9.0)
+    assert descent.lowest == pytest.approx(after, rel=1e-5)
 
 
 def test_the_plane_has_b_along_the_first_axis():
@@ -86,17 +94,22 @@ def test_the_plane_has_b_along_the_first_axis():
 
 
 @pytest.mark.parametrize(
-    ("error", "steepest", "shares"),
+    ("error", "steepest", "lowest", "shares"),
     [
-        ([1e-4, 1e-2, 0.0, 1e-3], [1, 1, 11, 20], (0.5, 0.5, 0.5)),
-        ([1e-4, 1e-2, NAN, NAN], [NAN, NAN, 1, math.inf], (0.25, 0.75, 1 / 3)),
-        ([1e-4, 1e-2], [1, 10], (0.5, 0.0, NAN)),
+        ([1e-4, 1e-2, 0, 1e-3], [1, 1, 11, 20], [0, 0, 0, 1e-3], (0.5, 0.75, 0.5, 0.5)),
+        (
+            [1e-4, 1e-2, NAN, NAN],
+            [NAN, NAN, 1, math.inf],
+            [1e-4, 1e-2, 1e-4, NAN],
+            (0.25, 0.5, 0.75, 1 / 3),
+        ),
+        ([1e-4, 1e-2], [1, 10], [1e-4, 1e-2], (0.5, 0.5, 0.0, NAN)),
     ],
 )
 def test_shares_are_of_all_starts_and_of_those_that_met_the_wall(
-    error, steepest, shares
+    error, steepest, lowest, shares
 ):
-    found = cliff.metrics(np.array(error), np.array(steepest))
+    found = cliff.metrics(*map(np.array, (error, steepest, lowest)))
     np.testing.assert_allclose(list(found.values()), shares)
 
 
@@ -129,6 +142,7 @@ def test_a_run_that_is_stopped_goes_on_as_if_it_had_not_been(tmp_path):
         for lr in (0.1, 0.3)
         for arm in CONFIG.clip
     ]
+    assert all(row["ever_reached"] >= row["reached"] for row in rows)
     paths = np.stack([curves[f"5 path_{x}"] for x in "wb"], axis=-1)
     assert paths.shape == (4, 9, 20, 2)
     for path, lr in zip(paths, (0.1, 0.1, 0.3, 0.3)):
@@ -149,7 +163,13 @@ def test_a_run_that_is_stopped_goes_on_as_if_it_had_not_been(tmp_path):
 
 def rows_of(arm, shares, length=50):
     return [
-        {"length": length, "arm": arm, "lr": lr, "reached": share}
+        {
+            "length": length,
+            "arm": arm,
+            "lr": lr,
+            "reached": share,
+            "ever_reached": 1 - (1 - share) / 2,
+        }
         for lr, share in shares.items()
     ]
 
@@ -183,7 +203,10 @@ def test_cutting_elements_is_compared_with_cutting_the_norm_where_it_matters_mos
     assert "from fewer starts than cutting the norm" in line
     assert "22.0% against 97.0%, and from fewer starts than none, 30.0%" in line
     *_, line = cliff.verdict([*norm, *rows_of("clip:1", {0.1: 0.97, 1.0: 1.0})])
-    assert line.endswith("than cutting the norm, which does not, 100.0% against 90.0%")
+    assert line.endswith(
+        "than cutting the norm, which does not, 100.0% against 90.0%; ever on the way: "
+        "100.0% against 95.0%"
+    )
 
 
 def test_nothing_is_said_without_something_to_compare():
@@ -191,10 +214,67 @@ def test_nothing_is_said_without_something_to_compare():
     assert cliff.verdict(rows_of("zclip", {0.1: 0.3, 1.0: 0.6})) == []
 
 
-def test_paths_are_shown_where_a_clip_is_farthest_ahead():
-    clipped = rows_of("zclip", {0.1: 0.7, 1.0: 0.9})
-    assert cliff._telling([*NONE, *clipped]) == 0.1
-    assert cliff._telling(clipped) == 1.0
+@pytest.mark.parametrize(
+    ("rows", "lr"),
+    [
+        ([*NONE, *rows_of("zclip", {0.1: 0.7, 1.0: 0.9})], 0.1),
+        ([*NONE, *rows_of("zclip", {0.1: 0.1, 1.0: 0.5})], 1.0),
+        (rows_of("zclip", {0.1: 0.7, 1.0: 0.9}), 1.0),
+        (NONE, 1.0),
+    ],
+)
+def test_paths_are_shown_where_a_clip_is_farthest_ahead(rows, lr):
+    assert cliff._telling(rows) == lr
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    found = []
+
+    def save(figure, path, results, runs):
+        found.append((figure, runs))
+        return path
+
+    monkeypatch.setattr(cliff.plots, "save", save)
+    return found
+
+
+def results_of(lengths, arms_of):
+    """What a run leaves, with shares by length, clip and learning rate."""
+    config = {"length": lengths, "clip": list(arms_of[lengths[0]]), "lr": [0.1, 1.0]}
+    rows, curves, shape = [], {}, (2 * len(config["clip"]), 9, 3)
+    for length, shares in arms_of.items():
+        for arm, by_lr in shares.items():
+            rows += rows_of(arm, dict(zip(config["lr"], by_lr)), length)
+        curves |= {f"{length} path_{x}": np.full(shape, 0.5) for x in ("w", "b")}
+        curves[f"{length} path_error"] = np.full(shape, 0.5)
+        curves[f"{length} surface"] = np.ones((2, 2))
+        curves |= {f"{length} surface_{x}": np.arange(2) for x in "wb"}
+    return Results({"config": config | {"updates": 3, "starts": 7}}, rows, curves)
+
+
+def test_every_length_has_paths_at_its_own_learning_rate(drawn, tmp_path):
+    # Added up over lengths, none would be far ahead at 0.1.
+    shares = {
+        5: {"none": (0.2, 0.4), "zclip": (0.9, 0.5)},
+        50: {"none": (0.9, 0.1), "zclip": (0.9, 0.8)},
+    }
+    cliff._draw_paths(results_of([5, 50], shares), tmp_path)
+    ((figure, caption),) = drawn
+    labels = [axis.get_ylabel() for axis in figure.axes]
+    assert [x for x in labels if "T = " in x] == [
+        "T = 5, lr 0.1\nb",
+        "T = 50, lr 1\nb",
+    ]
+    assert "at the lr where most reach the target, less those with none;" in caption
+    assert "what ends below the grey line" in caption
+
+
+def test_paths_without_none_are_not_said_to_be_ahead_of_it(drawn, tmp_path):
+    cliff._draw_paths(results_of([5], {5: {"zclip": (0.9, 0.5)}}), tmp_path)
+    ((_, caption),) = drawn
+    assert "none" not in caption
+    assert "7 x 7 starts, 3 updates, at the lr where most reach the target;" in caption
 
 
 @pytest.mark.parametrize(

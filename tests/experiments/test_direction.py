@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import math
 
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ from rich.progress import Progress
 
 from experiments import arms
 from experiments.journal import Journal
+from experiments.results import Results
 from experiments.studies import cliff, direction
 
 NAN, INF = math.nan, math.inf
@@ -56,18 +58,19 @@ def test_only_clipped_updates_have_a_cosine():
 
 
 @pytest.mark.parametrize(
-    ("points", "found"),
+    ("values", "successes", "found"),
     [
-        ([(1, 1), (2, 2), (3, 3)], (3, 3)),
-        ([(1, 3), (2, 2), (3, 1)], (0, 3)),
-        ([(1, 1), (2, 3), (3, 2)], (2, 3)),
-        ([(1, 1), (1, 2), (2, 2)], (1, 1)),
-        ([(-INF, 0), (-INF, 1), (-1, 1)], (1, 1)),
-        ([(1, 1)], (0, 0)),
+        ((1, 2, 3), (1, 2, 3), (3, 3)),
+        ((1, 2, 3), (3, 2, 1), (0, 3)),
+        ((1, 2, 3), (1, 3, 2), (2, 3)),
+        ((1, 1, 2), (1, 2, 3), (2, 2)),
+        ((-INF, -INF, -1), (0, 1, 2), (2, 2)),
     ],
 )
-def test_pairs_agree_that_are_ordered_alike(points, found):
-    assert direction.agreement(points) == found
+def test_pairs_agree_that_are_ordered_alike(values, successes, found):
+    points = [{"x": x, "success": y} for x, y in zip(values, successes)]
+    pairs = list(itertools.combinations(points, 2))
+    assert direction.agreement(pairs, lambda point: point["x"]) == found
 
 
 CONFIG = dataclasses.replace(
@@ -154,62 +157,144 @@ def test_elementwise_clips_are_compared_with_each_other():
     said, *_ = direction.verdict([low, high])
     assert "most successful is clip:1, 70.0%" in said
     assert "the least clip:0.1, 10.0%" in said
-    (said,) = direction.verdict([low, high | {"success": 0.1}])
+    said, _ = direction.verdict([low, high | {"success": 0.1}])
     assert said == (
         "the cliff, lr 0.1: all elementwise clips have the same success, 10.0%"
     )
 
 
-@pytest.mark.parametrize(
-    ("successes", "cosines", "lengths"),
-    [
-        ((1, 2, 3, 4), "in 6: success goes with it", "in 0: success goes against"),
-        ((4, 3, 2, 1), "in 0: success goes against", "in 6: success goes with it"),
-        ((1, 4, 2, 3), "in 4: success does not go", "in 2: success does not go"),
-    ],
-)
-def test_success_goes_with_cosine_or_with_length_or_not(successes, cosines, lengths):
-    names = "clip_by_leaf_norm:1", "clip_by_leaf_norm:2", "zclip", "autoclip"
-    *_, cosine, length = direction.verdict(
+def runs(name, solved, cosine, longest):
+    """Runs of 8 seeds, of which the first are solved."""
+    return [
+        arm("training", name, float(seed < solved), cosine, longest)
+        for seed in range(8)
+    ]
+
+
+def pairs_of(rows):
+    return [line for line in direction.verdict(rows) if "pairs of" in line]
+
+
+def test_pairs_are_counted_apart_within_a_kind_and_between_kinds():
+    cosine, length = pairs_of(
         [
-            arm("training", name, success / 4, 0.5 + i / 10, 1.0 + i)
-            for i, (name, success) in enumerate(zip(names, successes))
+            *runs("none", 1, NAN, 90.0),
+            *runs("clip_by_leaf_norm:1", 8, 0.9, 1.0),
+            *runs("clip:0.1", 8, 0.5, 0.3),
+            *runs("clip:1", 0, 0.8, 3.0),
         ]
     )
-    assert "of 6 pairs of clips that differ in both, the one with the larger" in cosine
-    assert cosines in cosine
-    assert lengths in length
+    # None is at cosine 1: both that turn more are ahead of it, and clip:1 is not
+    # behind it by the test.
+    assert cosine == (
+        "temporal order, lr 0.1: at this one learning rate, of pairs of clips that "
+        "differ in success (by McNemar's test, p < 0.05 for each pair), the one with "
+        "the larger median cosine has the greater success in 0 of 1 within a kind of "
+        "clip, and in 1 of 3 between kinds; clips are in several pairs, so this is no "
+        "test"
+    )
+    assert "shorter longest step" in length
+    assert "in 1 of 1 within a kind of clip, and in 3 of 3 between kinds" in length
 
 
-@pytest.mark.parametrize(
-    ("share", "said"),
-    [
-        (1.0, "goes with it"),
-        (0.75, "goes with it"),
-        (0.74, "does not go with it"),
-        (0.26, "does not go with it"),
-        (0.25, "goes against it"),
-    ],
-)
-def test_three_pairs_of_four_decide(share, said):
-    assert direction._goes(share) == said
+@pytest.mark.parametrize(("ahead", "differ"), [(5, False), (6, True)])
+def test_clips_differ_in_training_if_their_seeds_part(ahead, differ):
+    # By McNemar's exact test 5 seeds to 0 have p = 2 / 32, and 6 to 0 have 2 / 64.
+    rows = [*runs("none", 0, NAN, 9.0), *runs("clip:1", ahead, 0.9, 1.0)]
+    assert (len(pairs_of(rows)) == 2) == differ
+    *_, line = direction.verdict(rows)
+    assert ("no two of 2 clips differ in success (by McNemar's" in line) != differ
+
+
+@pytest.mark.parametrize(("share", "differ"), [(0.54, False), (0.56, True)])
+def test_clips_differ_on_the_cliff_by_a_margin(share, differ):
+    none = arm("cliff", "none", 0.5, NAN, 9.0)
+    *_, line = direction.verdict([none, arm("cliff", "clip:1", share, 0.9, 1.0)])
+    assert "(by 5% of the starts or more)" in line
+    assert ("no two of 2 clips differ" in line) != differ
+    assert ("in 0 of 0 within a kind of clip, and in 1 of 1" in line) == differ
 
 
 def test_what_differs_by_rounding_does_not_differ():
     rows = [
         arm("cliff", f"zclip:{z}", z / 5, 1 - z * 1e-7, 1 + z * 1e-7)
-        for z in range(1, 6)
+        for z in range(1, 4)
     ]
-    assert direction.verdict(rows) == []
+    assert all("in 0 of 0 within a kind" in line for line in pairs_of(rows))
     rows[0] |= {"cosine": 0.5, "longest": 2.0}
-    assert direction.verdict(rows) == []
-    rows[1] |= {"cosine": 0.6, "longest": 3.0}
-    assert len(direction.verdict(rows)) == 2
+    assert all("in 2 of 2 within a kind" in line for line in pairs_of(rows))
+
+
+def test_nothing_is_said_of_a_clip_alone():
+    assert direction.verdict([arm("cliff", "zclip:1", 0.5, 0.9, 1.0)]) == []
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    found = []
+
+    def save(figure, path, results, caption):
+        found.append((figure, caption))
+        return path
+
+    monkeypatch.setattr(direction.plots, "save", save)
+    return found
+
+
+def test_every_learning_rate_has_a_row_of_its_own(drawn, tmp_path):
+    names = "none", "clip:1", "clip_by_leaf_norm:1"
+    rows = [
+        arm("cliff", "none", 0.2, NAN, 9.0) | {"lr": 0.5},
+        *(arm("cliff", name, 0.4, 0.9, 1.0) | {"lr": 0.5} for name in names[1:]),
+        *(
+            arm("training", name, float(lr == 0.3), NAN if name == "none" else 0.9, lr)
+            | {"lr": lr}
+            for lr in (0.1, 0.3)
+            for name in names
+        ),
+    ]
+    # In the histogram of arm i all cosines are in bin i.
+    shares = np.eye(50)
+    shares[[0, 3]] = NAN
+    curves = {
+        "cliff shares": shares[:3],
+        "training shares": shares[:6],
+        "bins": direction.BINS,
+    }
+    config = dataclasses.asdict(direction.SMOKE) | {
+        "clip": names,
+        "lr": (0.1, 0.3),
+        "cliff_lr": 0.5,
+    }
+    direction.figures(Results({"config": config}, rows, curves), tmp_path)
+    (cosines, caption), (success, _) = drawn
+    titles = [axis.get_title() for axis in cosines.axes]
+    assert titles[::2] == titles[1::2]
+    assert titles[::2] == [
+        "the cliff, lr 0.5",
+        "temporal order, lr 0.1",
+        "temporal order, lr 0.3",
+    ]
+    filled = [
+        [int(np.nanargmax(patch.get_data().values)) for patch in axis.patches]
+        for axis in cosines.axes
+    ]
+    assert filled == [[1], [2], [1], [2], [4], [5]]
+    labels = [axis.get_ylabel() for axis in success.axes[::2]]
+    assert labels == [f"{title}:\nshare that succeeds" for title in titles[::2]]
+    heights = [
+        {float(y) for line in axis.lines for y in line.get_ydata() if y in (0.0, 1.0)}
+        for axis in success.axes[2:]
+    ]
+    assert "cliff: T = 50, lr 0.5, 12 x 12 starts, 1000 updates" in caption
+    assert [0.0 in each for each in heights[:2]] == [True, True]
+    assert all(1.0 in each for each in heights[2:])
 
 
 @pytest.mark.parametrize(
     ("option", "message"),
     [
+        ({"clip": ("none",)}, "clip must be more than none, got clip=('none',)."),
         ({"length": 9}, "length of torder must be >= 10, got length=9."),
         ({"cliff_lr": 0.0}, "lr must be finite and > 0, got lr=0.0."),
         ({"starts": 1}, "starts must be >= 2, got starts=1."),

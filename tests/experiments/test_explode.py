@@ -20,7 +20,10 @@ NAN, INF = math.nan, math.inf
         (2.0, "float32", 128),
         (0.5, "float32", 127),
         (0.9, "float32", 829),
-        (1.1, "bfloat16", 931),
+        # Rounded to 1.1015625 and 0.8984375.
+        (1.1, "bfloat16", 918),
+        (0.9, "bfloat16", 816),
+        (1.001, "bfloat16", NAN),
         (1.1, "float16", 117),
         (2.0, "float16", 16),
         (0.5, "float16", 15),
@@ -162,17 +165,27 @@ def row(
     }
 
 
-def test_the_verdict_says_how_far_chains_are_from_the_law():
+def test_the_verdict_says_how_many_chains_follow_the_law():
     rows = [
         row(),
         row(radius=1.0, slope=0.0, lost=NAN),
-        row(kernel="sparse", slope=0.11531, lost=900.0),
+        row(kernel="sparse", slope=0.12531, lost=900.0),
+        row(kernel="sparse", slope=NAN, lost=2.0),
     ]
     slopes, steps = explode.verdict(rows)
-    assert "within 0.02 in all 3 chains; farthest off: sparse, radius 1.1" in slopes
+    assert slopes == (
+        "linear units, float32: per step the logarithm of the norm changes by "
+        "log(radius), within 0.02, in 2 of 3 chains; farthest off, by 0.03: sparse, "
+        "radius 1.1; 1 of 4 left the range too early to fit"
+    )
     assert steps == (
         "one number, float32: out of range after 931 steps at radius 1.1 (law: 931)"
     )
+
+
+def test_without_a_slope_no_chain_is_said_to_follow_the_law():
+    slopes, _ = explode.verdict([row(slope=NAN, lost=2.0)])
+    assert slopes == "linear units, float32: 1 of 1 left the range too early to fit"
 
 
 @pytest.mark.parametrize(
@@ -187,6 +200,19 @@ def test_the_verdict_says_whether_saturation_tames(slope, found):
     (line,) = explode.verdict([row(unit="tanh", slope=slope)])
     assert line.startswith("tanh units: ")
     assert line.endswith(found)
+
+
+def test_units_without_a_slope_are_compared_by_when_they_leave_the_range():
+    sooner = [
+        row(unit="tanh", slope=NAN, lost=2.0),
+        row(unit="tanh", radius=1.0, slope=NAN, lost=2.0),
+    ]
+    later = row(unit="tanh", slope=NAN, lost=1000.0)
+    said = "left the range too early to fit, 2 of them sooner than linear ones do by"
+    (line,) = explode.verdict([*sooner, later])
+    assert line == f"tanh units: 3 of 3 {said} the law"
+    (line,) = explode.verdict([row(unit="tanh", slope=0.2), *sooner, later])
+    assert "in 0 of 1 chains, and grows at radius 1.1; 3 of 4 left" in line
 
 
 FED = {
@@ -216,11 +242,22 @@ def test_the_table_has_the_law_below_the_chains():
     assert cells[3] == ["+0.0953, 931", "-0.5000, -", "+0.0953, 931", "1, 4/5, 2"]
 
 
+def test_the_table_has_the_median_of_the_slopes_that_could_be_fitted():
+    known = [row(slope=slope) for slope in (0.25, NAN, 0.75)]
+    table = explode.table([*known, row(kernel="sparse", slope=NAN, lost=2.0), FED])
+    assert list(table.columns[3].cells)[:2] == ["+0.5000, 931", "-, 2"]
+
+
 @pytest.mark.parametrize(
     ("option", "message"),
     [
         ({"radius": ()}, "radius must be one or more different values"),
-        ({"radius": (1.0, 0.0)}, "radius must be finite and > 0, got radius=0.0."),
+        (
+            {"radius": (1.0, 6e-5)},
+            "radius must be in the range of float16, 6.1e-05 to 65504, got "
+            "radius=6e-05.",
+        ),
+        ({"radius": (NAN,)}, "got radius=nan."),
         ({"hidden": 1}, "hidden must be >= 2, got hidden=1."),
         ({"steps": 9}, "steps must be >= 10, got steps=9."),
         ({"seeds": 0}, "seeds must be >= 1, got seeds=0."),

@@ -67,11 +67,12 @@ def test_each_arm_is_compared_at_its_own_best_learning_rate():
     narrow = [*rows_of("none", 0.1, low), *rows_of("none", 1.0, high)]
     (line,) = image_rows.verdict([*narrow, *wide])
     assert line.startswith("clip:1 makes no clear difference: accuracy 0.900")
-    assert line.endswith("without a clip 0.900 [0.900, 0.900] at 1")
+    assert "at learning rate 0.1 (the smallest tried), where" in line
+    assert line.endswith("without a clip 0.900 [0.900, 0.900] at 1 (the largest tried)")
 
 
 def test_the_learning_rate_is_chosen_on_seeds_that_are_not_reported():
-    lucky = rows_of("clip:1", 0.1, [0.9] * 4 + [0.2] * 4)
+    lucky = rows_of("clip:1", 0.1, [0.9] * 2 + [0.2] * 6)
     steady = rows_of("clip:1", 1.0, [0.8] * 8)
     none = rows_of("none", 0.1, [0.5] * 8)
     (line,) = image_rows.verdict([*none, *lucky, *steady])
@@ -90,6 +91,25 @@ def test_the_table_has_a_line_per_arm():
     assert cells["loss"] == ["inf [inf, inf]", "1 [1, 1]"]
     assert cells["diverged"] == ["5/5", "0/5"]
     assert cells["clipped"] == ["25%", "25%"]
+
+
+def test_a_rare_clip_is_not_rounded_to_none():
+    runs = rows_of("none", 0.1, (0.5,) * 4) + rows_of("clip:1", 0.1, (0.9,) * 4)
+    rare = [{**run, "clipped": 0.004 * (run["arm"] != "none")} for run in runs]
+    (line,) = image_rows.verdict(rare)
+    assert "clips <1% of the updates" in line
+    columns = image_rows.table(rare).columns
+    cells = {column.header: list(column.cells) for column in columns}
+    assert cells["clipped"] == ["0%", "<1%"]
+
+
+def test_the_table_says_that_rates_are_chosen_on_the_test_images_if_they_are():
+    one, two = rows_of("none", 0.1, (0.9,) * 4), rows_of("none", 1.0, (0.8,) * 4)
+    assert str(image_rows.table([*one, *two]).caption).endswith(
+        "by accuracy on these same images, chosen on the first 2 of 4 seeds and read "
+        "off the others."
+    )
+    assert "chosen" not in str(image_rows.table(one).caption)
 
 
 def test_a_map_of_arms_hatches_those_of_which_half_diverged():

@@ -16,11 +16,14 @@ PIECES = [3, 3, 2]
 class Part:
     """A part whose state is a random number generator's, and can stop after a piece."""
 
-    def __init__(self, journal, stop_after=None):
+    def __init__(self, journal, stop_after=None, start=1.0):
         self.journal, self.stop_after, self.worked = journal, stop_after, 0
+        self.start = start
 
     def begin(self):
-        return {"x": np.float32(1.0), "n": np.int32(0)}, {"test": np.ones((2, 1))}
+        return {"x": np.float32(self.start), "n": np.int32(0)}, {
+            "test": np.ones((2, 1))
+        }
 
     def advance(self, state, updates):
         self.worked += 1
@@ -71,26 +74,52 @@ def test_what_is_stopped_goes_on_bit_for_bit(tmp_path, stop_after):
     assert part.worked == len(PIECES) - stop_after
 
 
+def test_a_part_needs_a_name_of_its_own(tmp_path):
+    journal = Journal(tmp_path, Progress())
+    Part(journal).carry("a")
+    with pytest.raises(ValueError, match="part must be a new name, got part='a'"):
+        Part(journal).carry("a")
+
+
+def test_all_finished_parts_are_kept_at_the_end(tmp_path):
+    journal = Journal(tmp_path, Progress())
+    found = Part(journal).carry("a")
+    journal.keep()
+    part = Part(Journal(tmp_path, Progress()))
+    np.testing.assert_equal(part.carry("a"), found)
+    assert part.worked == 0
+
+
 def test_parts_that_are_finished_are_not_worked_on_again(tmp_path):
     journal = Journal(tmp_path, Progress())
-    whole = Part(journal).carry("a")
+    whole = Part(journal, start=2.0).carry("a")
     with pytest.raises(Stopped):
         Part(journal, stop_after=1).carry("b")
     journal = Journal(tmp_path, Progress())
-    first, second = Part(journal), Part(journal)
+    first, second = Part(journal, start=2.0), Part(journal)
     np.testing.assert_equal(first.carry("a"), whole)
-    np.testing.assert_equal(without_seconds(second.carry("b")), without_seconds(whole))
+    other = without_seconds(second.carry("b"))
+    np.testing.assert_equal(other, uninterrupted(tmp_path))
+    assert (other["log"] != whole["log"]).any()
     assert (first.worked, second.worked) == (0, 2)
     journal.finish()
     assert not (tmp_path / CHECKPOINTS).exists()
 
 
-def test_a_damaged_checkpoint_is_refused_in_one_line(tmp_path):
+def flip_a_bit(content):
+    place = len(content) // 2
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+
+
+@pytest.mark.parametrize("damage", [lambda content: b"", flip_a_bit])
+def test_a_damaged_checkpoint_is_refused_in_one_line(tmp_path, damage):
     with pytest.raises(Stopped):
         Part(Journal(tmp_path, Progress()), stop_after=1).carry()
-    files = [path for path in (tmp_path / CHECKPOINTS).rglob("*") if path.is_file()]
+    (arrays,) = (tmp_path / CHECKPOINTS).glob("*/arrays")
+    files = [path for path in arrays.rglob("*") if path.is_file()]
+    assert len(files) > 3
     for path in files:
-        path.write_bytes(b"")
+        path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(UsageError, match="cannot be read") as caught:
         Journal(tmp_path, Progress())
     assert "\n" not in str(caught.value)

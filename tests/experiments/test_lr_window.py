@@ -1,3 +1,4 @@
+import dataclasses
 import math
 import re
 
@@ -5,7 +6,7 @@ import numpy as np
 import pytest
 from rich.progress import Progress
 
-from experiments import arms, train
+from experiments import arms, plots, train
 from experiments.journal import Journal
 from experiments.results import Results
 from experiments.studies import lr_window
@@ -86,7 +87,10 @@ def test_where_nothing_gains_no_rate_works(end):
     assert lr_window.limit(rows) == -INF
     (line, _) = lr_window.verdict([*rows, *rows_of(CLIP, {0.1: end})])
     assert "works over no learning rate, none over no learning rate: wider" in line
-    assert line.endswith("wider for 0 of 8 seeds, narrower for 0, sign test p = 1")
+    assert line.endswith(
+        "wider for 0 of 8 seeds, narrower for 0, cut off by the grid for 0, sign test "
+        "p = 1"
+    )
 
 
 NARROW = {0.01: 1.9, 0.1: 0.1, 1.0: NAN, 10.0: NAN}
@@ -98,8 +102,8 @@ def test_the_verdict_compares_windows_and_what_their_largest_rate_gives():
     clip = rows_of(CLIP, WIDE, errors={1.0: 0.05})
     assert lr_window.verdict([*none, *clip])[0] == (
         f"digits-rnn-sgd: {CLIP} works over 1.00 decades (0.1 to 1), none over 0.00 "
-        "decades (0.1): wider for 8 of 8 seeds, narrower for 0, sign test "
-        "p = 0.008; at 1, its largest, 95.0% right, without it 10.0%"
+        "decades (0.1): wider for 8 of 8 seeds, narrower for 0, cut off by the grid "
+        "for 0, sign test p = 0.008; at 1, its largest, 95.0% right, without it 10.0%"
     )
     assert (
         "wider for 0 of 8 seeds, narrower for 8"
@@ -114,32 +118,112 @@ def test_the_order_of_the_learning_rates_does_not_matter():
     )
 
 
+# Windows from 0.1 to 1, which end, and from 1, which the grid cuts off.
+ENDS = {0.01: 1.9, 0.1: 0.1, 1.0: 0.2, 10.0: 1.9, 100.0: 1.9}
+CUT = {0.01: 1.9, 0.1: 1.9, 1.0: 1.9, 10.0: 1.9, 100.0: 0.1}
+WIDE_CUT = {0.01: 1.9, 0.1: 0.1, 1.0: 0.1, 10.0: 0.1, 100.0: 0.1}
+
+
+@pytest.mark.parametrize(
+    ("none", "clip", "found", "p"),
+    [
+        # At least 0 decades: more than 1, or less.
+        (ENDS, CUT, (0, 0, 8), "1"),
+        (CUT, ENDS, (0, 0, 8), "1"),
+        (CUT, CUT, (0, 0, 8), "1"),
+        (CUT, WIDE_CUT, (0, 0, 8), "1"),
+        # At least 3 decades are more than 1.
+        (ENDS, WIDE_CUT, (8, 0, 0), "0.008"),
+        (WIDE_CUT, ENDS, (0, 8, 0), "0.008"),
+        (ENDS, ENDS, (0, 0, 0), "1"),
+    ],
+)
+def test_a_window_cut_off_by_the_grid_counts_only_where_it_tells(none, clip, found, p):
+    rows = [*rows_of("none", none), *rows_of(CLIP, clip)]
+    wider, narrower, cut = found
+    assert (
+        f": wider for {wider} of 8 seeds, narrower for {narrower}, cut off by the grid "
+        f"for {cut}, sign test p = {p};"
+    ) in lr_window.verdict(rows)[0]
+    cells = [list(column.cells)[-1] for column in lr_window.table(rows).columns]
+    assert cells[6] == ("+0.00" if none is clip is ENDS else "")
+
+
+def test_an_empty_window_is_narrower_than_one_that_is_cut_off():
+    assert lr_window.compared(Window((), True), Window((1.0,), False)) == "narrower"
+    assert lr_window.compared(Window((1.0,), False), Window((), True)) == "wider"
+
+
+def test_windows_of_as_many_steps_are_equal_though_rates_are_rounded():
+    rates = lr_window.rates(3, -5, 8)
+    assert rates[:6] == (0.0215, 0.0464, 0.1, 0.215, 0.464, 1.0)
+    assert rates[-3:] == (100.0, 215.0, 464.0)
+    for steps in range(len(rates)):
+        places = range(len(rates) - steps)
+        widths = {Window(rates[i : i + steps + 1], True).width for i in places}
+        assert widths == {round(steps / 3, 2)}
+
+
+def test_tiers_have_evenly_spaced_rates():
+    for config in lr_window.STUDY.tiers.values():
+        steps = np.diff(np.log10(dataclasses.asdict(config)["lr"]))
+        np.testing.assert_allclose(steps, steps.mean(), atol=2e-3)
+
+
+def test_a_best_rate_at_an_end_of_the_grid_is_marked():
+    rows = [*rows_of("none", WIDE), *rows_of(CLIP, CUT)]
+    small = rows_of("clip:1", {0.01: 0.1, 0.1: 1.0})
+    rates = [list(column.cells)[1:] for column in lr_window.table(rows + small).columns]
+    assert rates[1] == ["0.1", ">=100", "<=0.01"]
+
+
+def test_the_table_says_how_rates_were_chosen_only_if_they_were():
+    chosen = "rate, chosen on the first 2 of 8 seeds and read off the others. Clipped"
+    assert chosen in str(lr_window.table(rows_of("none", WIDE)).caption)
+    one = [
+        *rows_of("none", {1.0: 0.5}),
+        *rows_of("none", {0.1: 0.5}, optimizer="momentum"),
+    ]
+    assert "chosen" not in str(lr_window.table(one).caption)
+    same = lr_window.table(rows_of("none", {0.1: [0.5], 1.0: [0.6]}))
+    assert "learning rate, chosen by the same seed. Clipped" in str(same.caption)
+
+
+def test_a_rare_clip_is_not_rounded_to_none():
+    runs = rows_of("none", NARROW) + rows_of(CLIP, WIDE)
+    rare = [{**run, "clipped": 0.004 * (run["arm"] == CLIP)} for run in runs]
+    assert "clips <1% of the updates" in lr_window.verdict(rare)[1]
+    cells = [list(column.cells)[1:] for column in lr_window.table(rare).columns]
+    assert cells[3] == ["0%", "<1%"]
+
+
 def test_seeds_have_windows_of_their_own():
     half = [0.2] * 5 + [NAN] * 3
     none, clip = rows_of("none", NARROW), rows_of(CLIP, {**WIDE, 1.0: half})
     assert (
-        "wider for 5 of 8 seeds, narrower for 0, sign test p = 0.06;"
-        in (lr_window.verdict([*none, *clip])[0])
-    )
+        "wider for 5 of 8 seeds, narrower for 0, cut off by the grid for 0, sign test "
+        "p = 0.06;"
+    ) in lr_window.verdict([*none, *clip])[0]
 
 
 @pytest.mark.parametrize(
     ("losses", "found"),
     [
-        ((0.05, 0.05, 0.06, 0.06), "gains"),
-        ((0.05, 0.05, 0.06, 0.10), "makes no clear difference"),
-        ((0.2, 0.2, 0.3, NAN), "loses"),
+        ((0.05, 0.05, 0.05, 0.05, 0.06, 0.06), "gains"),
+        ((0.05, 0.05, 0.05, 0.05, 0.06, 0.10), "makes no clear difference"),
+        ((0.2, 0.2, 0.2, 0.2, 0.3, NAN), "loses"),
     ],
 )
 def test_the_verdict_compares_each_at_its_best_rate_on_seeds_that_did_not_choose_it(
     losses, found
 ):
-    none = rows_of("none", {0.1: 1.9, 1.0: [0.01] * 4 + [0.10, 0.11, 0.11, 0.12]})
-    clip = rows_of(CLIP, {0.1: [0.01] * 4 + list(losses), 1.0: 1.9})
+    none = rows_of("none", {0.1: 1.9, 1.0: [0.01] * 2 + [0.10, *[0.11] * 4, 0.12]})
+    clip = rows_of(CLIP, {0.1: [0.01] * 2 + list(losses), 1.0: 1.9})
     line = lr_window.verdict([*none, *clip])[1]
     assert f": at its best learning rate {CLIP} {found}: loss" in line
-    assert "at 0.1, where it clips 25% of the updates; none 0.11 [0.1, 0.12] at 1" in (
-        line
+    assert line.endswith(
+        "at 0.1 (the smallest tried), where it clips 25% of the updates; none "
+        "0.11 [0.1, 0.12] at 1 (the largest tried)"
     )
 
 
@@ -182,11 +266,31 @@ def test_the_table_gives_windows_and_their_difference():
     )
 
 
+def test_captions_say_what_is_trained_and_how_rates_are_scaled(tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(plots, "save", lambda *parts: written.append(parts[-1]))
+    momentum = rows_of("none", {0.1: 0.5, 1.0: 0.4}, optimizer="momentum")
+    lr_window.figures(results_of(momentum), tmp_path)
+    lr_window.figures(results_of(rows_of("none", {0.1: 0.5, 1.0: 0.4})), tmp_path)
+    runs = "8 seeds, 1 updates of 1 sequences, 1 units; digits: digits of somebody\n"
+    scaled = f"{runs}learning rates: those of sgd times 0.1 (momentum)\n"
+    for caption, start in zip(written, (scaled, scaled, runs, runs), strict=True):
+        assert caption.startswith(start)
+    assert "works below the dashed line,\nwith 80% or more" in written[2]
+    assert "times" not in written[2] + written[3]
+
+
 def test_figures_show_runs_that_all_diverged(tmp_path):
     runs = [
         *rows_of("none", {0.1: NAN, 1.0: NAN}),
         *rows_of(CLIP, {0.1: 9.0, 1.0: NAN}),
     ]
+    drawn = lr_window.figures(results_of(runs), tmp_path)
+    assert [path.name for path in drawn] == ["losses.png", "maps.png"]
+    assert all(path.is_file() for path in drawn)
+
+
+def results_of(runs):
     about = {
         "config": {
             "experiment": "lr_window",
@@ -198,13 +302,12 @@ def test_figures_show_runs_that_all_diverged(tmp_path):
             "hidden": 1,
         },
         "baselines": {"digits": {"guessing": 2.3}},
+        "data": {"digits": "digits of somebody, 8 rows"},
         "commit": None,
         "device": "",
         "versions": {"jax": ""},
     }
-    drawn = lr_window.figures(Results(about, runs, {}), tmp_path)
-    assert [path.name for path in drawn] == ["losses.png", "maps.png"]
-    assert all(path.is_file() for path in drawn)
+    return Results(about, runs, {})
 
 
 def config_of(**options):

@@ -38,6 +38,27 @@ def test_a_learning_rate_is_chosen_on_other_seeds_than_it_is_judged_on():
     assert [row["loss"] for row in runs] == [9.0, 8.0]
 
 
+@pytest.mark.parametrize(
+    ("seeds", "choose"), [(2, 1), (3, 1), (4, 2), (8, 2), (12, 3), (20, 5), (50, 5)]
+)
+def test_few_seeds_choose_and_the_others_judge(seeds, choose):
+    # 0.1 is better on the seeds that choose, and worse on all others.
+    low = rows_of(0.1, [1.0] * choose + [9.0] * (seeds - choose))
+    high = rows_of(1.0, [2.0] * choose + [1.0] * (seeds - choose))
+    lr, runs = outcomes.tuned([*high, *low], outcomes.median("loss"))
+    assert (lr, len(runs)) == (0.1, seeds - choose)
+    assert {row["loss"] for row in runs} == {9.0}
+    assert outcomes.choice([*high, *low]) == (
+        f", chosen on the first {choose} of {seeds} seeds and read off the others"
+    )
+
+
+def test_nothing_is_said_of_a_choice_where_there_is_none():
+    assert outcomes.choice(rows_of(0.1, (1.0, 2.0))) == ""
+    one = [*rows_of(0.1, (1.0,)), *rows_of(1.0, (2.0,))]
+    assert outcomes.choice(one) == ", chosen by the same seed"
+
+
 def test_a_learning_rate_that_diverges_is_not_chosen():
     low, high = rows_of(0.1, (3.0,) * 4), rows_of(1.0, (NAN,) * 4)
     assert outcomes.tuned([*high, *low], outcomes.median("loss")).lr == 0.1

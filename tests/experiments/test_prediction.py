@@ -59,6 +59,12 @@ def test_gaps_pair_runs_by_seed_and_put_what_is_not_finite_last():
     assert found == [0.0, 0.0, -INF, INF, 0.5]
 
 
+def test_the_middle_of_gaps_is_one_of_them():
+    assert prediction.typical([INF, INF, INF, -INF, -INF, -INF]) == (-INF, -INF, INF)
+    assert prediction.typical([0.3, 0.1, 0.2]) == (0.2, 0.1, 0.3)
+    assert prediction.typical([0.4, 0.1, 0.3, 0.2]) == (0.2, 0.1, 0.4)
+
+
 @pytest.mark.parametrize(
     ("gaps", "verb"),
     [
@@ -77,8 +83,8 @@ def test_the_whole_interval_of_the_gap_decides(gaps, verb):
 
 
 def test_clips_are_compared_at_their_own_rates_on_seeds_that_did_not_choose():
-    # Without a clip the second half of the seeds would choose the other rate.
-    flips = level(2.5)[: SEEDS // 2] + level(3.5)[SEEDS // 2 :]
+    # Three seeds choose; without a clip the others would choose the other rate.
+    flips = level(2.5)[:3] + level(3.5)[3:]
     rows = rows_of(
         runs("none", 0.5, level(3.2)),
         runs("none", 1.0, flips),
@@ -89,11 +95,11 @@ def test_clips_are_compared_at_their_own_rates_on_seeds_that_did_not_choose():
     )
     at_best, ranges = prediction.verdict(rows)
     assert at_best == (
-        f"{CLIP} gains: test loss 2.26 [2.26, 2.26] at learning rate 2; without a clip "
-        "3.76 [3.76, 3.76] at learning rate 1; the gap, seed by seed, is "
-        "1.50 [1.50, 1.50] bits per character"
+        f"{CLIP} gains: test loss 2.26 [2.25, 2.26] at learning rate 2 (the largest "
+        "tried); without a clip 3.76 [3.75, 3.76] at learning rate 1; the gap, seed by "
+        "seed, is 1.50 [1.50, 1.50] bits per character"
     )
-    # The median of the flips is (2.505 + 3.506) / 2, which is above 3.
+    # The median of the flips is (3.505 + 3.506) / 2, which is above 3.
     assert ranges == (
         f"{CLIP} beats bigram at 2/3 learning rates, and 0/36 of its runs fail; "
         "without a clip it is 0/3 learning rates, and 12/36 runs"
@@ -122,8 +128,8 @@ def test_the_table_has_a_line_per_clip_and_per_baseline():
     )
     columns = [list(column.cells) for column in prediction.table(rows).columns]
     lines = list(zip(*columns, strict=True))
-    losses = "3.01 [3.01, 3.01]", "3.26 [3.26, 3.26]"
-    clipped = "1.01 [1.01, 1.01]", "1.26 [1.26, 1.26]"
+    losses = "3.01 [3.00, 3.01]", "3.26 [3.25, 3.26]"
+    clipped = "1.01 [1.00, 1.01]", "1.26 [1.25, 1.26]"
     gap = "2.00 [2.00, 2.00]"
     assert lines == [
         ("none", "1", *losses, "", "50%", "2", "12/24", "0/2"),
@@ -131,6 +137,23 @@ def test_the_table_has_a_line_per_clip_and_per_baseline():
         ("unigram", "", "4.00", "4.10", "", "", "", "", ""),
         ("bigram", "", "3.00", "3.10", "", "", "", "", ""),
     ]
+
+
+def test_the_table_says_how_rates_were_chosen_only_if_they_were():
+    one = runs("none", 1.0, level(3.0))
+    several = prediction.table(rows_of(one, runs("none", 2.0, level(3.0))))
+    chosen = "loss, chosen on the first 3 of 12 seeds and read off the others: median"
+    assert chosen in str(several.caption)
+    assert "chosen" not in str(prediction.table(rows_of(one)).caption)
+    alone = [*runs("none", 1.0, [3.0]), *runs("none", 2.0, [3.0])]
+    same = str(prediction.table(rows_of(alone)).caption)
+    assert "loss, chosen by the same seed: median" in same
+
+
+def test_a_rare_clip_is_not_rounded_to_none():
+    rare = [{**run, "clipped": 0.004} for run in runs(CLIP, 1.0, level(3.0))]
+    columns = prediction.table(rows_of(rare)).columns
+    assert next(iter(columns[5].cells)) == "<1%"
 
 
 @pytest.fixture

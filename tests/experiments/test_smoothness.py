@@ -159,26 +159,65 @@ def rows_of(spearman, held):
 HIGH, LOW, AROUND = [0.5, 0.6, 0.7, 0.8, 0.9, 0.95], [-0.5] * 6, [-0.2, 0.1] * 3
 
 
+GROWS = "smoothness grows with the gradient norm, as in Zhang et al."
+FALLS = "smoothness falls with the gradient norm, unlike in Zhang et al."
+UNCLEAR = "smoothness has no clear relation to the gradient norm"
+
+
 @pytest.mark.parametrize(
-    ("spearman", "held", "found"),
+    ("spearman", "held", "claim", "numbers"),
     [
-        (HIGH, HIGH, "smoothness grows with the gradient norm, as in Zhang et al.:"),
-        (HIGH, AROUND, "as in Zhang et al., but not beyond what both follow in time:"),
-        (LOW, LOW, "smoothness falls with the gradient norm, unlike in Zhang et al.:"),
+        (HIGH, HIGH, GROWS, "0.75 [0.50, 0.95]"),
         (
-            AROUND,
             HIGH,
-            "smoothness has no clear relation to the gradient norm, unlike in",
+            AROUND,
+            f"{GROWS}; whether beyond what both follow in time is not clear",
+            "0.75 [0.50, 0.95]",
         ),
-        ([*HIGH[:5], NAN], HIGH, "has no clear relation"),
-        (HIGH[:5], HIGH[:5], "no verdict from fewer than 6 seeds"),
+        (
+            HIGH,
+            LOW,
+            f"{GROWS}, but not beyond what both follow in time",
+            "0.75 [0.50, 0.95]",
+        ),
+        (LOW, LOW, FALLS, "-0.50 [-0.50, -0.50]"),
+        (AROUND, HIGH, UNCLEAR, "-0.05 [-0.20, 0.10]"),
+        (HIGH[:5], HIGH[:5], "no verdict from fewer than 6 seeds", "0.70 [0.50, 0.90]"),
     ],
 )
-def test_the_verdict_follows_from_the_interval(spearman, held, found):
+def test_the_verdict_follows_from_the_interval(spearman, held, claim, numbers):
     (line,) = smoothness.verdict(rows_of(spearman, held))
-    assert line.startswith("lstm, lr 1, none: ")
-    assert found in line
-    assert line.endswith("the smoothness of a run spans a factor of 9")
+    assert line.startswith(f"lstm, lr 1, none: {claim}: Spearman {numbers}, with the ")
+    assert line.endswith("seeds); the smoothness of a run spans a factor of 9")
+
+
+@pytest.mark.parametrize(
+    ("spearman", "claim", "numbers", "lacking"),
+    [
+        ([*HIGH[:5], NAN], UNCLEAR, "0.70 [-1.00, 1.00]", 1),
+        ([*LOW[:5], NAN], UNCLEAR, "-0.50 [-1.00, 1.00]", 1),
+        ([NAN] * 6, UNCLEAR, "nan [-1.00, 1.00]", 6),
+        # Of nine draws the interval leaves out one at each end.
+        ([*HIGH, 0.4, 0.3, NAN], GROWS, "0.65 [0.30, 0.95]", 1),
+        ([*LOW, -0.4, -0.3, NAN], FALLS, "-0.50 [-0.50, -0.30]", 1),
+    ],
+)
+def test_a_correlation_that_cannot_be_measured_supports_neither_side(
+    spearman, claim, numbers, lacking
+):
+    (line,) = smoothness.verdict(rows_of(spearman, spearman))
+    assert line.startswith(
+        f"lstm, lr 1, none: {claim}: Spearman {numbers}, with the update held constant "
+        f"{numbers} ("
+    )
+    told = f"; {lacking} of {len(spearman)} runs have no correlation to measure;"
+    assert told in line
+
+
+def test_a_factor_that_is_not_known_is_not_told():
+    rows = [run | {"spans": NAN} for run in rows_of([NAN] * 6, [NAN] * 6)]
+    (line,) = smoothness.verdict(rows)
+    assert line.endswith("; 6 of 6 runs have no correlation to measure")
 
 
 def test_the_table_has_a_line_per_arm_and_a_lost_run_supports_nothing():
@@ -190,12 +229,20 @@ def test_the_table_has_a_line_per_arm_and_a_lost_run_supports_nothing():
         "none",
         "1",
         "2.50",
-        "0.75 [-inf, 0.95]",
+        "0.80 [-1.00, 1.00]",
         "0.75 [0.50, 0.95]",
         "0.5",
         "2",
         "6",
     )
+
+
+@pytest.mark.parametrize(
+    ("updates", "every", "pieces"),
+    [(99, 10, [10] * 9 + [9]), (100, 10, [10] * 10), (8, 1, [1] * 8)],
+)
+def test_points_are_as_far_apart_as_the_config_says(updates, every, pieces):
+    assert smoothness.cut(updates, every) == pieces
 
 
 @pytest.fixture(scope="module")

@@ -30,11 +30,11 @@ def runs_of(solved, arm="none", lr=0.1, alpha=0.0, control=False, **labels):
             "updates": 4000,
             "solved": bool(is_solved),
             "kept": bool(is_solved),
+            "perfect": False,
             "solved_at": 500.0 if is_solved else NAN,
             "clipped": 0.25,
             "grad_norm_median": 0.5,
             "grad_norm_max": 1.2e9,
-            "spectral_radius": 1.5,
             **labels,
         }
         for seed, is_solved in enumerate(solved)
@@ -49,12 +49,16 @@ def text_of(table, width=120):
 
 def test_a_run_has_solved_its_task_once_and_keeps_it_at_the_end():
     error = np.array([[[0.7, 0.005, 0.3], [0.7, 0.3, 0.009], [0.7, 0.01, NAN]]])
-    rows = [{"seed": 0, "final_error": end} for end in (0.3, 0.008, NAN)]
+    error = np.concatenate([error, [[[0.7, 0.3, 0.0]]]], axis=1)
+    rows = [{"seed": 0, "final_error": end} for end in (0.3, 0.008, NAN, 0.0)]
     found = solving.with_solutions(rows, error, [30, 20])
-    np.testing.assert_equal([row["solved_at"] for row in found], [30.0, 50.0, NAN])
-    assert [row["solved"] for row in found] == [True, True, False]
-    assert [row["kept"] for row in found] == [False, True, False]
-    assert [row["seed"] for row in found] == [0, 0, 0]
+    np.testing.assert_equal(
+        [row["solved_at"] for row in found], [30.0, 50.0, NAN, 50.0]
+    )
+    assert [row["solved"] for row in found] == [True, True, False, True]
+    assert [row["kept"] for row in found] == [False, True, False, True]
+    assert [row["perfect"] for row in found] == [False, False, False, True]
+    assert [row["seed"] for row in found] == [0, 0, 0, 0]
 
 
 CONFIG = dataclasses.replace(
@@ -93,9 +97,10 @@ def test_a_run_goes_through_tasks_lengths_and_alphas_then_the_control():
     ]
     assert {arm.clip.spec for arm in regularised.grid(CONFIG)} == {CLIP}
     assert [(arm.lr, arm.clip.spec) for arm in control.grid(CONFIG)] == [(0.01, "none")]
-    assert plain.pieces(CONFIG) == [33, 33, 33, 1]
+    assert sum(plain.pieces(CONFIG)) == 100
     assert sum(control.pieces(CONFIG)) == 4 * 100
-    assert solving.stages(dataclasses.replace(CONFIG, control=())) == stages[:-2]
+    without = dataclasses.replace(CONFIG, control=(), control_length=())
+    assert solving.stages(without) == stages[:-2]
 
 
 class Expected:
@@ -130,7 +135,10 @@ def test_what_is_announced_is_trained_at_one_length_or_a_range(monkeypatch):
     assert trained[-1] == ("perm 12 0 control", (12, 13), 0.0, 400)
     assert len(rows) == 2 * (4 * (4 + 2) + 2 * 1)
     assert {row["longest"] - row["length"] for row in rows} == {0}
-    assert curves["torder 10 2 test_error"].shape == (2, 2, 5)
+    pieces = len(curves["torder 10 2 judged"])
+    assert curves["torder 10 2 judged"][-1] == 100
+    assert curves["torder 10 2 grad_norm_max"].shape == (2, 2, pieces)
+    assert curves["perm 12 0 control spectral_radius"].shape == (1, 2, 4 * pieces)
 
     trained.clear()
     ranged = dataclasses.replace(CONFIG, length=(10,), longest=20)
@@ -149,6 +157,7 @@ ALL, NONE = [1] * 6, [0] * 6
         (NONE, ALL, "loses (McNemar p = 0.03): it solves 0/6 [0.00, 0.39]"),
         (ALL, ALL, "makes no clear difference (McNemar p = 1): it solves 6/6"),
         ([1] * 5 + [0], NONE, "makes no clear difference (McNemar p = 0.06): it"),
+        (ALL[:5], NONE[:5], "cannot be judged, n too small to tell (McNemar p = 0.06)"),
     ],
 )
 def test_a_clip_gains_or_loses_if_mcnemar_says_so(clip, none, effect):
@@ -168,10 +177,14 @@ def test_each_clip_is_compared_at_its_own_best_rate_on_other_seeds():
     )
 
 
-def test_among_rates_that_solve_as_often_the_one_that_keeps_is_best():
+def test_rates_are_chosen_by_runs_solved_and_only_among_equals_by_runs_kept():
     kept = runs_of(ALL, lr=0.3)
     lost = [{**row, "kept": False} for row in runs_of(ALL, lr=0.1)]
     assert solving.tuned([*lost, *kept])["none", 0.0].lr == 0.3
+    # One run more that solves it outweighs all that keep it.
+    fewer = runs_of([0] + [1] * 5, lr=0.3)
+    assert solving.cost(lost) < solving.cost(fewer)
+    assert solving.tuned([*fewer, *lost])["none", 0.0].lr == 0.1
 
 
 def test_omega_is_compared_with_none_and_with_the_same_clip_without_it():
@@ -191,14 +204,14 @@ def test_omega_is_compared_with_none_and_with_the_same_clip_without_it():
     ]
 
 
-def test_the_control_is_told_at_its_best_rate_and_compared_with_nothing():
+def test_the_control_is_told_at_its_best_rate_on_other_seeds():
     control = [
-        *runs_of([0, 0, 1, 0], lr=0.01, control=True),
+        *runs_of([0, 0, 1, 1], lr=0.01, control=True),
         *runs_of([1, 0, 1, 0], lr=0.02, control=True),
     ]
     assert solving.verdict([*runs_of(NONE), *control]) == [
-        "torder 30: with 4 times the updates none solves 2/4 [0.15, 0.85] and keeps "
-        "2/4 [0.15, 0.85] at learning rate 0.02, the best of 0.01, 0.02"
+        "torder 30: with 4 times the updates none solves 1/2 [0.09, 0.91] and keeps "
+        "1/2 [0.09, 0.91] at learning rate 0.02 (of 0.01, 0.02)"
     ]
 
 
@@ -210,10 +223,10 @@ def test_the_table_has_a_line_per_arm_that_fits_a_terminal():
         line.split() for line in text.splitlines() if line.startswith(" torder 30")
     )
     assert none[2:] == (
-        "none 0.1 4000 0/12 [0.00, 0.24] 0/12 - 25% 0.5 1e+09 1.50".split()
+        "none 0.1 4000 0/12 [0.00, 0.24] 0/12 0/12 - 25% 0.5 1e+09".split()
     )
     assert clipped[2:] == (
-        f"{CLIP} 0.003 4000 12/12 [0.76, 1.00] 12/12 500 25% 0.5 1e+09 1.50".split()
+        f"{CLIP} 0.003 4000 12/12 [0.76, 1.00] 12/12 0/12 500 25% 0.5 1e+09".split()
     )
 
 
@@ -226,6 +239,7 @@ def test_the_table_of_tasks_has_a_column_per_method():
             *runs_of(NONE, CLIP, task=task, longest=200),
             *runs_of(ALL, CLIP, alpha=2.0, task=task, longest=200),
             *runs_of(ALL, lr=0.01, control=True, task=task, longest=200),
+            *runs_of(ALL, lr=0.01, control=True, task=task, length=99, longest=200),
         )
     ]
     lines = [line.split() for line in text_of(pathological.table(rows)).splitlines()]
@@ -236,9 +250,20 @@ def test_the_table_of_tasks_has_a_column_per_method():
             f"{task} 30-200 0/6 [0.00, 0.39] 0/6 [0.00, 0.39] 6/6 [0.61, 1.00]".split()
         )
         assert (
-            lines[place + 1]
-            == ("kept 0, after -, lr 0.1 " * 2 + "kept 6, after 500, lr 0.1").split()
+            lines[place + 1] == ("kept 0, perfect 0 " * 2 + "kept 6, perfect 0").split()
         )
+        assert (
+            lines[place + 2] == ("after -, lr 0.1 " * 2 + "after 500, lr 0.1").split()
+        )
+
+
+def test_the_table_of_tasks_tells_of_a_choice_only_if_there_was_one():
+    rows = runs_of(NONE)
+    control = [*rows, *runs_of(NONE, lr=0.01, control=True)]
+    chosen = [*rows, *runs_of(ALL, lr=0.3)]
+    texts = [text_of(pathological.table(x)) for x in (rows, control, chosen)]
+    assert ["chosen" in text for text in texts] == [False, False, True]
+    assert "2 of 6 seeds" in texts[-1].replace("\n", " ")
 
 
 @pytest.mark.parametrize(
@@ -254,7 +279,16 @@ def test_the_table_of_tasks_has_a_column_per_method():
         ({"alpha": (-1.0,)}, "alpha must be finite and >= 0, got alpha=-1.0."),
         ({"alpha": (NAN,)}, "alpha must be finite and >= 0, got alpha=nan."),
         ({"alpha": (2.0,), "clip": ("none",)}, "alpha must be 0 without a clip, got "),
-        ({"control": (0.0,)}, "lr must be finite and > 0, got lr=0.0."),
+        (
+            {"control": (0.0,), "control_length": (30,)},
+            "lr must be finite and > 0, got lr=0.0.",
+        ),
+        (
+            {"control": (0.1,), "control_length": (30, 30)},
+            "control_length must be one or more different values, got control_length=",
+        ),
+        ({"control": (0.1,)}, "control_length must be given with control, and only"),
+        ({"control_length": (30,)}, "control_length must be given with control, and"),
         ({"checks": 0}, "checks must be >= 1, got checks=0."),
         ({"hidden": 0}, "hidden must be >= 1, got hidden=0."),
     ],

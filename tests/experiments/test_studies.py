@@ -31,12 +31,12 @@ RUNS = {
         "--length 12 --updates 300 --checks 3 --seeds 3 --lr 0.1 0.3 --control 0.1 "
         "--control-length 12",
         15,
-        {"success", "times", "map"},
+        {"success", "times", "map", "dynamics"},
     ),
     "pathological": (
         "--length 10 --updates 20 --checks 2 --seeds 2 --hidden 8",
         6,
-        {"success", "times", "map"},
+        {"success", "times", "map", "dynamics"},
     ),
     "lr_window": (
         "--lr 1 --updates 300 --seeds 3 --clip none clip_by_global_norm:0.1",

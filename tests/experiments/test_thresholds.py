@@ -15,10 +15,11 @@ KINDS = {"none": "none", "autoclip": LEARNS, "zclip": LEARNS, "clip:1": OTHER}
 ALL, NONE = [1] * 6, [0] * 6
 
 
-def runs_of(ends, arm="none", lr=0.1, task="torder", first=0, early=2.0):
+def runs_of(ends, arm="none", lr=0.1, task="torder", first=0, early=2.0, baseline=None):
     """Rows of runs: torder is solved after 500 updates or not, music ends with a loss.
 
-    An arm that is a number is a fixed threshold.
+    An arm that is a number is a fixed threshold. No run of music is worse than its
+    baseline, unless one is given.
     """
     fixed = not isinstance(arm, str)
     return [
@@ -35,6 +36,7 @@ def runs_of(ends, arm="none", lr=0.1, task="torder", first=0, early=2.0):
             "test_loss": end if task == "music" else 1.25,
             "clipped": 0.25,
             "cosine": 0.5,
+            "baseline": baseline or (1.0 if task == "torder" else INF),
             "early_norm": early,
             "early_updates": 100,
         }
@@ -49,7 +51,13 @@ def test_all_methods_are_run_each_once_as_it_comes():
     config = dataclasses.replace(
         thresholds.SMOKE,
         threshold=(1.0, 0.03),
-        clip=("none", "zclip", "clip_by_global_norm:1"),
+        clip=(
+            "none",
+            "zclip",
+            "clip_by_global_norm:1.0",
+            "clip_by_global_norm:1e0",
+            "clip_by_global_norm:inf",
+        ),
     )
     assert thresholds.specs(config) == [
         "none",
@@ -83,6 +91,7 @@ def test_a_clip_is_fixed_or_has_no_memory_or_learns(spec, kind, threshold):
         (NONE, ALL, "loses"),
         (ALL, ALL, "makes no clear difference"),
         ([1] * 5 + [0], NONE, "makes no clear difference"),
+        (ALL[:5], NONE[:5], "cannot be judged, n too small to tell"),
     ],
 )
 def test_shares_are_compared_by_mcnemar_on_the_seeds_of_both(clip, none, effect):
@@ -90,47 +99,67 @@ def test_shares_are_compared_by_mcnemar_on_the_seeds_of_both(clip, none, effect)
     both = runs_of(clip, "zclip", first=2)
     # Seeds that only one of them has say nothing.
     more = runs_of([1 - none[0]] * 2 + none)
-    assert measure.effect(both, more) == effect
+    assert thresholds.effect(both, more) == effect
     assert measure.shown(both).median == np.mean(clip)
     assert measure.cost(both) == 1 - np.mean(clip)
 
 
-def sweep(ends, none, task, early=2.0):
-    rows = runs_of(none, task=task, early=early)
-    return rows + [row for c, end in ends.items() for row in runs_of(end, c, task=task)]
+def sweep(ends, none, task, **labels):
+    return [
+        *runs_of(none, task=task, **labels),
+        *(row for c, end in ends.items() for row in runs_of(end, c, task=task)),
+    ]
 
 
-def test_a_threshold_works_if_it_gains_half_of_what_the_best_gains():
-    # The best gains 4 of 6 runs: half of it is 2 more than none's 1.
-    ends = {0.5: 0, 0.9: 2, 1.0: 3, 3.0: 5, 20.0: 3, 21.0: 1}
+def test_a_threshold_works_if_it_gains_80_percent_of_what_the_best_gains():
+    # The best gains 10 of 12 runs: 80 % of it is 8 more than none's 2.
+    ends = {0.5: 0, 0.9: 9, 1.0: 10, 3.0: 12, 20.0: 10, 21.0: 2}
     runs = sweep(
-        {c: [1] * k + [0] * (6 - k) for c, k in ends.items()}, [1] + [0] * 5, "torder"
+        {c: [1] * k + [0] * (12 - k) for c, k in ends.items()},
+        [1] * 2 + [0] * 10,
+        "torder",
     )
     found = thresholds.rule(runs)
     assert found.norm == 2.0
     assert found.thresholds == [0.5, 0.9, 1.0, 3.0, 20.0, 21.0]
     assert found.allowed == [1.0, 3.0, 20.0]
-    assert found.works == [1.0, 3.0, 20.0]
+    assert (found.effect, found.works) == ("gains", [1.0, 3.0, 20.0])
+
+
+SAME, FEW = "makes no clear difference", "cannot be judged from fewer than 4 seeds"
 
 
 @pytest.mark.parametrize(
-    ("none", "works"),
+    ("none", "baseline", "effect", "works"),
     [
-        ([16.0, 8.0, 9.0], [1.0, 10.0]),
-        ([7.0, 7.0, 7.0], [10.0]),
-        ([4.0, 4.0, 4.0], []),
-        ([3.0, 3.0, 3.0], []),
-        ([NAN, INF, 9.0], [0.1, 1.0, 10.0]),
+        # Of the 6 nats from 10 to 4, 4.8 are enough.
+        ([16.0, 10.0, 10.0, 9.0] * 2, 99.0, "gains", [1.0, 10.0]),
+        ([7.0] * 8, 99.0, "gains", [10.0]),
+        ([4.0] * 8, 99.0, SAME, []),
+        ([3.0] * 8, 99.0, "loses", []),
+        ([4.0, 9.0] * 4, 99.0, SAME, []),
+        # None blew up: gains are counted from the baseline, if there is one better.
+        ([40.0] * 8, 99.0, "gains", [0.1, 1.0, 10.0]),
+        ([40.0] * 8, 10.0, "gains", [1.0, 10.0]),
+        ([NAN, INF] * 4, 10.0, "gains", [1.0, 10.0]),
+        ([40.0] * 8, 4.0, "gains", []),
+        ([40.0] * 4, 99.0, FEW, []),
     ],
 )
-def test_losses_gain_by_their_median_and_what_diverged_is_worst(none, works):
+def test_losses_gain_by_their_median_if_the_best_gains(none, baseline, effect, works):
     ends = {
-        0.1: [7.0, 9.0, NAN],
-        1.0: [6.0, 6.0, NAN],
-        10.0: [4.0] * 3,
-        99.0: [NAN] * 3,
+        0.1: [8.0, 9.0, 7.0, NAN] * 2,
+        1.0: [5.0, 5.0, 5.0, NAN] * 2,
+        10.0: [4.0] * 8,
+        99.0: [NAN] * 8,
     }
-    assert thresholds.rule(sweep(ends, none, "music")).works == works
+    runs = sweep(ends, none, "music", baseline=baseline)
+    seen = [row for row in runs if row["seed"] < len(none)]
+    found = thresholds.rule(seen)
+    assert (found.effect, found.works) == (effect, works)
+    (line, *_) = (x for x in thresholds.verdict(seen) if "learning rate 0.1 the" in x)
+    assert ("but no threshold gains" in line) == (effect != "gains")
+    assert ("but no threshold works" in line) == (effect == "gains" and not works)
 
 
 def test_the_mean_norm_is_the_median_over_the_runs_without_a_clip():
@@ -169,29 +198,39 @@ def test_clips_are_ranked_by_success_then_by_time_or_by_loss():
     assert [*thresholds.ranked(rows)] == ["zclip", "autoclip", "none"]
 
 
+def test_a_choice_is_told_of_if_one_of_the_tasks_has_one():
+    once = [*sweep({1.0: ALL}, NONE, "torder"), *runs_of([7.0] * 6, task="music")]
+    more = [*once, *runs_of([9.0] * 6, lr=0.3, task="music")]
+    assert "chosen" not in thresholds.table(once).caption
+    assert "chosen on the first 2 of 6 seeds" in thresholds.table(more).caption
+
+
 ROWS = [
-    *sweep({0.1: [1, 0, 0, 0, 0, 0], 1.0: ALL, 100.0: NONE}, NONE, "torder"),
-    *runs_of(ALL, "autoclip"),
-    *runs_of([1, 1, 1, 0, 0, 0], "zclip"),
-    *runs_of(NONE, "clip:1"),
-    *sweep({0.1: [8.0] * 6, 1.0: [6.0] * 6}, [7.0] * 6, "music", early=0.01),
-    *runs_of([5.0] * 6, "autoclip", task="music"),
-    *runs_of([7.0] * 6, "zclip", task="music"),
-    *runs_of([NAN] * 6, "clip:1", task="music"),
+    *sweep({0.1: [1] + [0] * 7, 1.0: [1] * 8, 100.0: [0] * 8}, [0] * 8, "torder"),
+    *runs_of([1] * 8, "autoclip"),
+    *runs_of([1] * 3 + [0] * 5, "zclip"),
+    *runs_of([0] * 8, "clip:1"),
+    *sweep({0.1: [8.0] * 8, 1.0: [6.0] * 8}, [7.0] * 8, "music", early=0.01),
+    *runs_of([5.0] * 8, "autoclip", task="music"),
+    # Better than the best threshold only on the seeds that choose it.
+    *runs_of([1.0] * 2 + [7.0] * 6, "zclip", task="music"),
+    *runs_of([NAN] * 8, "clip:1", task="music"),
 ]
 
 
 def test_the_verdict_weighs_thresholds_the_rule_and_the_methods():
     assert thresholds.verdict(ROWS) == [
         "torder: the best fixed threshold, clip_by_global_norm:1 at learning rate 0.1, "
-        "solves 3/3 [0.44, 1.00]; none, at 0.1, solves 0/6 [0.00, 0.39]",
+        "solves 6/6 [0.61, 1.00]; none, at 0.1, solves 0/8 [0.00, 0.32]",
         "torder: at learning rate 0.1 the mean norm of the first 100 updates without a "
         "clip is 2, and the rule of 0.5 to 10 times that allows 1 to 20: 1 of the 1 "
         "thresholds tried there work, and 1 of all 3",
         "torder: against none, as it comes, gains: autoclip (1 of 3 other methods)",
         "torder: against none, as it comes, makes no clear difference: zclip, clip:1 "
         "(2 of 3 other methods)",
-        "torder: no worse than the best fixed threshold: autoclip "
+        "torder: against the best fixed threshold, as it comes, makes no clear "
+        "difference: autoclip, zclip (2 of 3 other methods)",
+        "torder: against the best fixed threshold, as it comes, loses: clip:1 "
         "(1 of 3 other methods)",
         "music: the best fixed threshold, clip_by_global_norm:1 at learning rate 0.1, "
         "ends at 6 [6, 6]; none, at 0.1, ends at 7 [7, 7]",
@@ -202,8 +241,10 @@ def test_the_verdict_weighs_thresholds_the_rule_and_the_methods():
         "music: against none, as it comes, makes no clear difference: zclip "
         "(1 of 3 other methods)",
         "music: against none, as it comes, loses: clip:1 (1 of 3 other methods)",
-        "music: no worse than the best fixed threshold: autoclip "
+        "music: against the best fixed threshold, as it comes, gains: autoclip "
         "(1 of 3 other methods)",
+        "music: against the best fixed threshold, as it comes, loses: zclip, clip:1 "
+        "(2 of 3 other methods)",
     ]
 
 
@@ -213,10 +254,10 @@ def test_the_table_ranks_the_clips_of_each_task():
     lines = [line.split() for line in console.file.getvalue().splitlines()]
     torder, music = lines.index(["torder"]), lines.index(["music"])
     assert lines[torder + 1] == (
-        "clip_by_global_norm:1 0.1 6/6 [0.61, 1.00] 500 1.25 [1.25, 1.25] 25% 0.50 "
+        "clip_by_global_norm:1 0.1 8/8 [0.68, 1.00] 500 1.25 [1.25, 1.25] 25% 0.50 "
         f"{FIXED}".split()
     )
-    assert lines[torder + 5][:3] == ["none", "0.1", "0/6"]
+    assert lines[torder + 5][:3] == ["none", "0.1", "0/8"]
     assert lines[music + 1] == f"autoclip 0.1 5 [5, 5] 25% 0.50 {LEARNS}".split()
     assert lines[music + 6] == f"clip:1 0.1 inf [inf, inf] 25% 0.50 {OTHER}".split()
 
