@@ -30,8 +30,6 @@ Board = Callable[[str, int, Mapping[str, Mapping[str, float]]], None]
 CHECKPOINTS, DIGESTS = "checkpoints", "digests.json"
 # Seconds between two checkpoints: what a kill without warning can cost.
 INTERVAL = 20.0
-
-
 SIGNALS = signal.SIGINT, signal.SIGTERM
 
 
