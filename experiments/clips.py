@@ -98,6 +98,7 @@ class Clip:
         return optaxclip.sharded(optaxclip.recorded(clip), ())
 
 
+@functools.cache
 def parse(spec: str) -> Clip:
     """Reads a clip.
 

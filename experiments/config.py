@@ -63,9 +63,9 @@ def check_lrs(lrs: tuple[float, ...]) -> None:
 
 def check_clips(specs: tuple[str, ...]) -> None:
     """Refuses clips that do not exist, or refuse their arguments."""
-    check_different("clip", specs)
-    for spec in specs:
-        clips.parse(spec)
+    found = {(clip.kind, clip.threshold) for clip in map(clips.parse, specs)}
+    once = len(found) == len(specs) > 0
+    require(once, "clip", "one or more different values", specs)
 
 
 def check_seeds(seed: int, seeds: int = 1) -> None:

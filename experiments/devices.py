@@ -27,6 +27,12 @@ from experiments.config import UsageError
 T = TypeVar("T")
 
 
+# What jax has for a number of CPU devices that nobody has chosen.
+UNSET = -1
+# Most virtual CPU devices if nobody asks for more: runs would not fill them.
+MOST = 8
+
+
 def _coordinator() -> str | None:
     return os.environ.get("JAX_COORDINATOR_ADDRESS") or None
 
@@ -36,7 +42,8 @@ class Machine:
     """What a command runs on; None: what is there."""
 
     devices: int | None = None
-    """Run on this many virtual CPU devices, in each process, and on no accelerator."""
+    """Run on this many virtual CPU devices, in each process, and on no accelerator.
+    Default: accelerators; where there are none, a CPU device per core, at most 8."""
     coordinator: str | None = dataclasses.field(default_factory=_coordinator)
     """HOST:PORT of process 0, if several processes work together. Default:
     JAX_COORDINATOR_ADDRESS, or as Slurm, Open MPI, ... say."""
@@ -67,6 +74,9 @@ class Machine:
 def use(machine: Machine) -> Iterator[None]:
     """Sets up devices, and joins other processes for as long as all goes well.
 
+    On CPUs small arrays are computed by one core, whose runs are therefore spread over
+    as many devices as there are cores.
+
     Only the first process has a standard output then.
 
     Raises:
@@ -80,6 +90,10 @@ def use(machine: Machine) -> Iterator[None]:
             raise UsageError(
                 f"devices={machine.devices} comes too late: jax has been used already."
             ) from error
+    elif jax.config.jax_num_cpu_devices == UNSET and not _is_forced():
+        # Too late is not wrong: then jax has the devices it has.
+        with contextlib.suppress(RuntimeError):
+            jax.config.update("jax_num_cpu_devices", min(_cores(), MOST))
     _join(machine)
     if not is_first():
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -87,6 +101,18 @@ def use(machine: Machine) -> Iterator[None]:
     # After an error the others may be waiting for what does not come: jax lets go of
     # them when Python ends.
     jax.distributed.shutdown()
+
+
+def _cores() -> int:
+    """Returns the number of cores which this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _is_forced() -> bool:
+    """Whether XLA has been told how many CPU devices there are."""
+    return "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
 
 
 def _join(machine: Machine) -> None:
@@ -216,7 +242,10 @@ class Spread:
 
     def gather(self, tree: Any) -> Any:
         """Returns NumPy arrays of shape (runs, ...), the same in all processes."""
-        gathered = multihost_utils.process_allgather(tree, tiled=True)
+        if jax.process_count() == 1:
+            gathered = jax.device_get(tree)
+        else:
+            gathered = multihost_utils.process_allgather(tree, tiled=True)
         return jax.tree.map(lambda leaf: leaf[: self.runs], gathered)
 
 

@@ -4,8 +4,17 @@ A run that diverged stays in, and counts as the worst. Every clip is run at the 
 learning rates, and is compared with others at its own best one: that is chosen on a
 few of the seeds, and what it gives is read off the others, so that nobody is rewarded
 for having tried often.
+
+As both runs of a seed begin with the same parameters and see the same batches, losses
+are compared seed by seed:
+
+    gap = loss without a clip - loss with it
+
+A clip *gains* if the whole interval of the median gap is above 0, and *loses* if it is
+below. Fewer than `FEWEST` pairs have no interval of 95 %, and give no verdict.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -15,8 +24,8 @@ from experiments import stats
 from experiments.arms import Arm, Curves
 from experiments.results import Rows
 
-# Fewest runs of each of two arms by which they are compared.
-FEWEST = 4
+# Fewest pairs of runs whose median has an interval of 95 %: 2 / 2^6 < 5 %.
+FEWEST = 6
 # Fewest and most seeds that choose a learning rate, if there are twice as many.
 CHOOSE = 2, 5
 
@@ -79,6 +88,26 @@ def _metrics(curves: Curves) -> dict[str, Any]:
         "grad_norm_max": stats.spread(curves["grad_norm_max"]).high,
         "weight_norm": float(curves["weight_norm"][-1]),
         "spectral_radius": float(curves["spectral_radius"][-1]),
+    }
+
+
+def by_split(row: dict[str, Any], per_nat: float = 1.0) -> dict[str, Any]:
+    """Names the losses of a run by the split it was judged on.
+
+    Args:
+      row: of a run which was judged on the validation split on the way, and on the test
+        split when it ended.
+      per_nat: how many of the unit in which losses are shown a nat is.
+    """
+    splits = "test_", "final_"
+    rest = {name: x for name, x in row.items() if not name.startswith(splits)}
+    return {
+        **rest,
+        "start_loss": row["start_loss"] * per_nat,
+        "valid_loss": row["test_loss"] * per_nat,
+        "valid_error": row["test_error"],
+        "test_loss": row["final_loss"] * per_nat,
+        "test_error": row["final_error"],
     }
 
 
@@ -203,19 +232,54 @@ def typical(runs: Rows, name: str) -> stats.Spread:
     return stats.Spread(stats.spread(values).median, *stats.interval_of_median(values))
 
 
-def effect(clip: Rows, none: Rows, name: str) -> str:
-    """Says what a clip does to a quantity that should be small, as a verb.
+def gaps(clip: Rows, none: Rows, name: str) -> list[float]:
+    """Returns by how much runs with a clip are better than those without, by seed.
 
-    It gains if the interval of its median ends below where that without a clip begins,
-    and loses if it is the other way round. With four runs each, two arms that do not
-    differ part like this once in 35 times, and with more less often; with fewer there
-    is no verdict.
+    Args:
+      clip: rows of the runs with a clip.
+      none: rows of the runs without it.
+      name: of what should be small; NaN counts as inf.
+
+    Returns:
+      Numbers without a clip minus those with it, of the seeds that both have; 0 where
+      both are inf.
     """
-    if min(len(clip), len(none)) < FEWEST:
+
+    def losses(runs: Rows) -> dict[int, float]:
+        return {
+            row["seed"]: math.inf if math.isnan(row[name]) else row[name]
+            for row in runs
+        }
+
+    found, without = losses(clip), losses(none)
+    return [
+        0.0 if without[seed] == found[seed] else without[seed] - found[seed]
+        for seed in found
+        if seed in without
+    ]
+
+
+def typical_gap(gaps: list[float]) -> stats.Spread:
+    """Returns the median of gaps, and its interval.
+
+    Of two in the middle it is the lower one: their mean may be that of inf and -inf.
+    """
+    middle = sorted(gaps)[(len(gaps) - 1) // 2]
+    return stats.Spread(middle, *stats.interval_of_median(gaps))
+
+
+def effect(clip: Rows, none: Rows, name: str) -> str:
+    """Says as a verb what a clip does to a quantity that should be small.
+
+    Args:
+      clip: rows of the runs with a clip.
+      none: rows of the runs without it.
+      name: of the quantity.
+    """
+    found = gaps(clip, none, name)
+    if len(found) < FEWEST:
         return f"cannot be judged from fewer than {FEWEST} seeds"
-    found, without = typical(clip, name), typical(none, name)
-    if found.high < without.low:
+    _, low, high = typical_gap(found)
+    if low > 0:
         return "gains"
-    if found.low > without.high:
-        return "loses"
-    return "makes no clear difference"
+    return "loses" if high < 0 else "makes no clear difference"

@@ -15,7 +15,6 @@ A run is finished when `results.jsonl` is there: that is written last, and as a 
 import contextlib
 import dataclasses
 import io
-import itertools
 import json
 import math
 import platform
@@ -25,20 +24,18 @@ import typing
 import zipfile
 import zlib
 from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
-import flax
 import jax
-import jaxlib
 import numpy as np
-import optax
-import sklearn
 
 import optaxclip
 from experiments.config import Config, UsageError
 
-PACKAGES = (optaxclip, jax, jaxlib, flax, optax, np, sklearn)
+# What results depend on, besides optaxclip.
+PACKAGES = "jax", "jaxlib", "flax", "optax", "numpy", "scikit-learn"
 # What `config.json` always has.
 ABOUT = {"config", "command", "tensorboard", "commit", "device", "python", "versions"}
 Rows = list[dict[str, Any]]
@@ -65,14 +62,27 @@ class Results:
 def create(directory: Path | None, name: str) -> Path:
     """Makes a run directory: the one asked for, or the next `runs/NAME-1`, `-2`, ..."""
     if directory is None:
-        numbered = (Path("runs") / f"{name}-{i}" for i in itertools.count(1))
-        directory = next(path for path in numbered if not path.exists())
+        return _create_next(Path("runs"), name)
     if directory.exists() and not directory.is_dir():
         raise UsageError(f"{directory} is not a directory. Choose another --out.")
     if directory.exists() and any(directory.iterdir()):
         raise UsageError(f"{directory} is not empty. Choose another --out.")
     directory.mkdir(parents=True, exist_ok=True)
     return directory
+
+
+def _create_next(top: Path, name: str) -> Path:
+    """Makes the first numbered directory that nobody else has made."""
+    top.mkdir(exist_ok=True)
+    number = 1
+    while True:
+        directory = top / f"{name}-{number}"
+        try:
+            directory.mkdir()
+        except FileExistsError:
+            number += 1
+        else:
+            return directory
 
 
 def begin(
@@ -110,12 +120,15 @@ def surroundings() -> dict[str, Any]:
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "processes": jax.process_count(),
         "python": platform.python_version(),
-        "versions": {package.__name__: package.__version__ for package in PACKAGES},
+        "versions": {
+            "optaxclip": optaxclip.__version__,
+            **{package: metadata.version(package) for package in PACKAGES},
+        },
     }
 
 
 def command(config: Config) -> str:
-    """Returns the command that repeats a run."""
+    """Returns the command that repeats a run, on CPUs with as many devices."""
     words = [f"python -m experiments run {config.experiment}"]
     for name, value in dataclasses.asdict(config).items():
         option = f"--{name.replace('_', '-')}"
@@ -123,6 +136,8 @@ def command(config: Config) -> str:
             continue
         values = value if isinstance(value, tuple) else (value,)
         words += [option] if value is True else [option, *map(_word, values)]
+    if jax.default_backend() == "cpu":
+        words.append(f"--devices {jax.local_device_count()}")
     return " ".join(words)
 
 

@@ -246,7 +246,7 @@ def _share_of_a_device(state: train.State) -> float:
 
 def run(config: DataParallelConfig, journal: Journal) -> tuple[Rows, arms.Curves]:
     """Trains all arms on all meshes."""
-    task = image_rows.load(None)
+    task = image_rows.load(None, "test")
     model = models.Recurrent("lstm", config.hidden, task.outputs)
     start = jax.jit(functools.partial(train.init, model))(task, config.seed)
     setup = train.Setup(model, "adam", config.batch, log="updates")

@@ -510,10 +510,10 @@ SMOKE = DirectionConfig(
     lr=(0.1,),
     clip=("none", "clip_by_global_norm:1.0", "clip:0.01", "clip:0.1", "clip:1.0"),
     seeds=3,
-    updates=300,
+    updates=200,
     batch=20,
     checks=1,
-    starts=12,
+    starts=8,
 )
 STANDARD = dataclasses.replace(
     SMOKE,

@@ -16,9 +16,9 @@ A clip limits the steps: does it only move the window, to higher learning rates,
 the window get *wider*? And does a clip at its best learning rate end with a lower loss
 than no clip at its own? These are two questions, answered side by side.
 
-Learning rates are chosen, and results read off, on the same images (the test images of
-the digits) or characters (the validation split of the text), of which only the seeds
-differ: the losses are for comparing clips, not for quoting.
+Learning rates are chosen, and results read off, on the same validation images or
+characters, of which only the seeds differ: the losses are for comparing clips, not for
+quoting.
 
 A setting is what is trained, and how: digits (read row by row) or text (whose next
 character is predicted); plain tanh units, an LSTM or a GRU; SGD, SGD with momentum 0.9,
@@ -70,8 +70,8 @@ SPACING = 0.045
 FAR = 1e9
 TICKS = 1, 2, 5
 TABLE_CAPTION = (
-    "Loss at the end on held-out examples, by which learning rates are judged too "
-    "(digits, test images: nats; text, validation split: bits per character): median "
+    "Loss at the end on the validation split, by which learning rates are judged too "
+    "(digits: nats; text: bits per character): median "
     "with its 95 % interval (the range, of fewer than 6 seeds), at the best learning "
     "rate{choice}. Clipped: share of the updates there. Window: learning rates around "
     f"the best that work, that is gain {WORKS:.0%} or more of what the best arm of the "

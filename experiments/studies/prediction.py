@@ -2,13 +2,8 @@
 
 Every clip is run at every learning rate, on the same seeds. Clips are compared each at
 its own best learning rate: that is the one with the lowest median validation loss on
-the first seeds, and what it gives is read off the others. As both runs of a seed begin
-with the same parameters and see the same batches, losses are compared seed by seed:
-
-    gap = loss without a clip - loss with it
-
-A clip *gains* if the whole interval of the median gap is above 0, and *loses* if it is
-below. Fewer than `FEWEST` pairs have no interval of 95 %, and give no verdict.
+the first seeds, and what it gives on the test split is read off the others, seed by
+seed (`experiments.outcomes`).
 
 How wide the range of good learning rates is, is another question: a run has *failed* if
 it ends with a larger validation loss than the weakest baseline, and a learning rate
@@ -39,8 +34,6 @@ from experiments.results import Results, Rows
 from experiments.studies.study import Study
 from experiments.tasks.data_sets import Split
 
-# Fewest pairs of runs whose median has an interval of 95 %: 2 / 2^6 < 5 %.
-FEWEST = 6
 TABLE_CAPTION = (
     "Losses at the end, in {unit}, of each clip at its best learning rate by the "
     "validation loss{choice}: median with its 95 % interval (the range, of fewer than "
@@ -139,9 +132,11 @@ def run(
     counting = _counting(data_set, config)
     weakest = max(row["valid_loss"] for row in counting)
     trained = [
-        _by_split(row, data_set, weakest)
+        outcomes.by_split(row, data_set.per_nat)
         for row in outcomes.rows(config.experiment, grid, seeds, config.updates, curves)
     ]
+    for row in trained:
+        row |= {"unit": data_set.unit, "failed": not row["valid_loss"] <= weakest}
     shown = {name: curves[name] for name in ("grad_norm", "clipped")}
     return counting + trained, {
         "valid_loss": curves["test_loss"] * data_set.per_nat,
@@ -166,23 +161,6 @@ def _counting(data_set: DataSet, config: PredictionConfig) -> Rows:
         }
         for name, loss in data_set.baselines(config, "valid").items()
     ]
-
-
-def _by_split(row: dict[str, Any], data_set: DataSet, weakest: float) -> dict[str, Any]:
-    """Names the losses of a run by the split, in the unit in which they are shown."""
-    splits = "test_", "final_"
-    rest = {name: x for name, x in row.items() if not name.startswith(splits)}
-    valid_loss = row["test_loss"] * data_set.per_nat
-    return {
-        **rest,
-        "unit": data_set.unit,
-        "start_loss": row["start_loss"] * data_set.per_nat,
-        "valid_loss": valid_loss,
-        "valid_error": row["test_error"],
-        "test_loss": row["final_loss"] * data_set.per_nat,
-        "test_error": row["final_error"],
-        "failed": not valid_loss <= weakest,
-    }
 
 
 class Found(NamedTuple):
@@ -222,50 +200,6 @@ def _baselines(rows: Rows, name: str) -> dict[str, float]:
     return {row["arm"]: row[name] for row in rows if not row["updates"]}
 
 
-def gaps(none: Rows, clip: Rows, name: str) -> list[float]:
-    """Returns by how much runs with a clip are better than those without, by seed.
-
-    Args:
-      none: rows of the runs without a clip.
-      clip: rows of the runs with it, of the same seeds.
-      name: of the loss; NaN counts as inf.
-
-    Returns:
-      Losses without a clip minus those with it; 0 where both are inf.
-    """
-
-    def losses(runs: Rows) -> dict[int, float]:
-        return {
-            row["seed"]: math.inf if math.isnan(row[name]) else row[name]
-            for row in runs
-        }
-
-    without, found = losses(none), losses(clip)
-    return [
-        0.0 if without[seed] == found[seed] else without[seed] - found[seed]
-        for seed in found
-    ]
-
-
-def typical(gaps: list[float]) -> stats.Spread:
-    """Returns the median of gaps, and its interval.
-
-    Of two in the middle it is the lower one: their mean may be that of inf and -inf.
-    """
-    middle = sorted(gaps)[(len(gaps) - 1) // 2]
-    return stats.Spread(middle, *stats.interval_of_median(gaps))
-
-
-def effect(gaps: list[float]) -> str:
-    """Says what a clip does, as a verb, by its gaps."""
-    if len(gaps) < FEWEST:
-        return f"cannot be judged by fewer than {FEWEST} seeds"
-    _, low, high = typical(gaps)
-    if low > 0:
-        return "gains"
-    return "loses" if high < 0 else "makes no clear difference"
-
-
 def table(rows: Rows) -> Table:
     """Returns one line per clip, and one per baseline."""
     found = _found(rows)
@@ -292,11 +226,7 @@ def table(rows: Rows) -> Table:
     none = found.get("none")
     for arm, clip in found.items():
         lr, runs = clip.tuned
-        gap = (
-            ""
-            if none is None or arm == "none"
-            else f"{typical(gaps(none.tuned.runs, runs, 'test_loss')):.2f}"
-        )
+        gap = "" if none is None or arm == "none" else f"{_gap(clip, none):.2f}"
         result.add_row(
             arm,
             f"{lr:g}",
@@ -324,16 +254,21 @@ def verdict(rows: Rows) -> list[str]:
     strongest = min(valid, key=lambda name: valid[name])
     lines = []
     for arm, clip in found.items():
-        gap = gaps(none.tuned.runs, clip.tuned.runs, "test_loss")
+        effect = outcomes.effect(clip.tuned.runs, none.tuned.runs, "test_loss")
         lines += [
-            f"{arm} {effect(gap)}: test loss {_at_best(clip)}; without a clip "
-            f"{_at_best(none)}; the gap, seed by seed, is {typical(gap):.2f} "
+            f"{arm} {effect}: test loss {_at_best(clip)}; without a clip "
+            f"{_at_best(none)}; the gap, seed by seed, is {_gap(clip, none):.2f} "
             f"{rows[0]['unit']}",
             f"{arm} beats {strongest} at {_beating(clip)} learning rates, and "
             f"{_failed(clip)} of its runs fail; without a clip it is "
             f"{_beating(none)} learning rates, and {_failed(none)} runs",
         ]
     return lines
+
+
+def _gap(clip: Found, none: Found) -> stats.Spread:
+    gaps = outcomes.gaps(clip.tuned.runs, none.tuned.runs, "test_loss")
+    return outcomes.typical_gap(gaps)
 
 
 def _at_best(found: Found) -> str:

@@ -20,7 +20,7 @@ SMOKE = SolvingConfig(
     seeds=8,
     updates=3000,
     batch=20,
-    checks=12,
+    checks=6,
 )
 STANDARD = dataclasses.replace(
     SMOKE,

@@ -23,14 +23,16 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from sklearn.datasets import load_digits
 
 from experiments.config import UsageError
 from experiments.tasks import Batch, Score, data_sets
+from experiments.tasks.data_sets import Split
 
 CLASSES = 10
-TEST_DIGITS = 360
+VALID_DIGITS, TEST_DIGITS = 360, 360
 SPLIT_SEED = 0
+# One in so many training images of files is put aside, the last ones: 10,000 of 60,000.
+VALID_SHARE = 6
 # Names of the files with images and with labels.
 TRAIN = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
 TEST = "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"
@@ -41,20 +43,20 @@ BLOCK = 500
 
 @flax.struct.dataclass
 class ImageRows:
-    """Images and their classes 0..9, split into train and test.
+    """Images and their classes 0..9.
 
     Attributes:
       train_image_NxTxF: grey levels, uint8.
       train_label_N: their classes, int32.
-      test_image_NxTxF: grey levels on which models are judged, uint8.
-      test_label_N: their classes, int32.
+      judged_image_NxTxF: grey levels on which models are judged, uint8.
+      judged_label_N: their classes, int32.
       white: grey level which becomes 1.
     """
 
     train_image_NxTxF: jax.Array
     train_label_N: jax.Array
-    test_image_NxTxF: jax.Array
-    test_label_N: jax.Array
+    judged_image_NxTxF: jax.Array
+    judged_label_N: jax.Array
     white: int = flax.struct.field(pytree_node=False)
     outputs: int = flax.struct.field(pytree_node=False, default=CLASSES)
     unit: str = flax.struct.field(pytree_node=False, default="nats")
@@ -85,16 +87,16 @@ class ImageRows:
     def judge(
         self, answer: Callable[[jax.Array, jax.Array | None], jax.Array], key: jax.Array
     ) -> Score:
-        """Puts all test images to a model; the key is ignored."""
+        """Puts all images to be judged to a model; the key is ignored."""
         del key
 
         def totals(index_B, counts_B):
             x_BxTxF, at, label_B = self._batch(
-                self.test_image_NxTxF, self.test_label_N, index_B
+                self.judged_image_NxTxF, self.judged_label_N, index_B
             )
             return data_sets.classified(answer(x_BxTxF, at), label_B, counts_B)
 
-        return data_sets.add_up(totals, len(self.test_label_N), BLOCK).score()
+        return data_sets.add_up(totals, len(self.judged_label_N), BLOCK).score()
 
     def _batch(
         self, image_NxTxF: jax.Array, label_N: jax.Array, index_B: jax.Array
@@ -112,12 +114,13 @@ class Images(NamedTuple):
     label_N: np.ndarray
 
 
-def load(data: Path | None) -> ImageRows:
+def load(data: Path | None, split: Split = "valid") -> ImageRows:
     """Loads images, always split alike.
 
     Args:
       data: directory with the files `TRAIN` and `TEST`, as they are or with gzip (then
         their names end in .gz); None: the digits of scikit-learn.
+      split: on which images models are judged.
 
     Returns:
       The task.
@@ -125,12 +128,13 @@ def load(data: Path | None) -> ImageRows:
     Raises:
       UsageError: if a file is missing or malformed.
     """
-    train, test = _digits() if data is None else _read_splits(data)
+    images = _digits() if data is None else _read_splits(data)
+    train, judged = images["train"], images[split]
     return ImageRows(
         train_image_NxTxF=jnp.asarray(train.image_NxTxF),
         train_label_N=jnp.asarray(train.label_N, jnp.int32),
-        test_image_NxTxF=jnp.asarray(test.image_NxTxF),
-        test_label_N=jnp.asarray(test.label_N, jnp.int32),
+        judged_image_NxTxF=jnp.asarray(judged.image_NxTxF),
+        judged_label_N=jnp.asarray(judged.label_N, jnp.int32),
         white=16 if data is None else 255,
     )
 
@@ -140,34 +144,40 @@ def about(data: Path | None) -> str:
     if data is None:
         return (
             "scikit-learn load_digits, 8 rows of 8 pixels / 16; a permutation by "
-            f"NumPy's default_rng({SPLIT_SEED}): first {TEST_DIGITS} images test, the "
-            "other train"
+            f"NumPy's default_rng({SPLIT_SEED}): first {TEST_DIGITS} images test, next "
+            f"{VALID_DIGITS} validation, the other train"
         )
-    train, test = _read_splits(data)
+    images = _read_splits(data)
     digest = hashlib.sha256(b"".join(_unpack(data, name) for name in TRAIN + TEST))
-    _, rows, pixels = train.image_NxTxF.shape
+    _, rows, pixels = images["train"].image_NxTxF.shape
+    train, valid, test = (f"{len(part.label_N):,}" for part in images.values())
     return (
         f"idx files in {data.resolve().name}, {rows} rows of {pixels} pixels / 255, "
-        f"{len(train.label_N):,} images train, {len(test.label_N):,} test; sha256 of "
-        f"{', '.join(TRAIN + TEST)}, unpacked, one after another: {digest.hexdigest()}"
+        f"{train} images train, the last {valid} of the same files validation, {test} "
+        f"test; sha256 of {', '.join(TRAIN + TEST)}, unpacked, one after another: "
+        f"{digest.hexdigest()}"
     )
 
 
-def _digits() -> tuple[Images, Images]:
-    """Returns the digits of scikit-learn: train, test."""
+def _digits() -> dict[Split, Images]:
+    """Returns the digits of scikit-learn."""
+    # It takes a second to import, which other experiments need not wait for.
+    from sklearn.datasets import load_digits
+
     images, labels = load_digits(return_X_y=True)
     levels_NxTxF = images.reshape(-1, 8, 8).astype(np.uint8)
     order = np.random.default_rng(SPLIT_SEED).permutation(len(labels))
-    test, train = order[:TEST_DIGITS], order[TEST_DIGITS:]
     labels = labels.astype(np.uint8)
-    return (
-        Images(levels_NxTxF[train], labels[train]),
-        Images(levels_NxTxF[test], labels[test]),
-    )
+    test, valid, train = np.split(order, [TEST_DIGITS, TEST_DIGITS + VALID_DIGITS])
+    places: dict[Split, np.ndarray] = {"train": train, "valid": valid, "test": test}
+    return {
+        split: Images(levels_NxTxF[index], labels[index])
+        for split, index in places.items()
+    }
 
 
-def _read_splits(directory: Path) -> tuple[Images, Images]:
-    """Reads idx files: train, test."""
+def _read_splits(directory: Path) -> dict[Split, Images]:
+    """Reads idx files."""
     train, test = _read_images(directory, *TRAIN), _read_images(directory, *TEST)
     sizes = train.image_NxTxF.shape[1:], test.image_NxTxF.shape[1:]
     if sizes[0] != sizes[1]:
@@ -175,7 +185,18 @@ def _read_splits(directory: Path) -> tuple[Images, Images]:
             directory / TEST[0],
             f"has images of {sizes[1]} pixels, {TRAIN[0]} of {sizes[0]}",
         )
-    return train, test
+    count = len(train.label_N)
+    if count < 2:
+        raise _unfit(
+            directory / TRAIN[0],
+            "has 1 image, and 2 are needed: to train, and to validate",
+        )
+    first = count - max(count // VALID_SHARE, 1)
+    return {
+        "train": Images(train.image_NxTxF[:first], train.label_N[:first]),
+        "valid": Images(train.image_NxTxF[first:], train.label_N[first:]),
+        "test": test,
+    }
 
 
 def _read_images(directory: Path, images: str, labels: str) -> Images:

@@ -62,8 +62,10 @@ class Rule:
     """What makes a task.
 
     Attributes:
-      draw: maps a key, the number of sequences, the length (a scalar array) and the
-        number of steps of the arrays to a batch.
+      draws: maps the number of steps of the arrays to how many random numbers N a
+        sequence is made of.
+      make: maps random numbers in [0, 1), those of the sequences (B, N) and one of the
+        batch, the length (a scalar array) and the number of steps to a batch.
       score: compares answers with targets.
       features: number of features of an input.
       outputs: number of outputs of a model.
@@ -72,7 +74,8 @@ class Rule:
       steps: maps a length to the most steps a sequence can have.
     """
 
-    draw: Callable[[jax.Array, int, jax.Array, int], Batch]
+    draws: Callable[[int], int]
+    make: Callable[[jax.Array, jax.Array, jax.Array, int], Batch]
     score: Callable[[jax.Array, jax.Array], Score]
     features: int
     outputs: int
@@ -86,14 +89,17 @@ class Sequences:
     """A task which makes up its sequences; it has no data.
 
     Attributes:
+      blocks: number of blocks of sequences on which models are judged.
+      block: number of sequences in each.
       rule: what they are.
       lengths: the shortest, and what is above the longest; drawn for each batch.
-      examples: number of sequences on which models are judged.
     """
 
+    # An array: the same program judges on few sequences and on many.
+    blocks: jax.Array
+    block: int = flax.struct.field(pytree_node=False)
     rule: Rule = flax.struct.field(pytree_node=False)
     lengths: tuple[int, int] = flax.struct.field(pytree_node=False)
-    examples: int = flax.struct.field(pytree_node=False)
 
     @property
     def features(self) -> int:
@@ -121,13 +127,16 @@ class Sequences:
           Inputs of shape (B, T, F), where T are the steps of the longest sequence. The
           target is what to answer: a label (B,), or (B, T) for mem, or a number (B,).
         """
-        length_key, draw_key = jax.random.split(key)
-        length = jax.random.randint(length_key, (), *self.lengths)
         steps = self.rule.steps(self.lengths[1] - 1)
-        drawn = self.rule.draw(draw_key, batch, length, steps)
-        chex.assert_shape(drawn.x_BxTxF, (batch, steps, self.features))
-        chex.assert_type(drawn.x_BxTxF, jnp.float32)
-        return drawn
+        draws = self.rule.draws(steps)
+        # All at once: a generator of random numbers takes long to compile.
+        drawn = jax.random.uniform(key, (2 + batch * draws,))
+        own_BxN = drawn[2:].reshape(batch, draws)
+        length = _choose(drawn[0], *self.lengths)
+        made = self.rule.make(own_BxN, drawn[1], length, steps)
+        chex.assert_shape(made.x_BxTxF, (batch, steps, self.features))
+        chex.assert_type(made.x_BxTxF, jnp.float32)
+        return made
 
     def score(self, y: jax.Array, target: jax.Array) -> Score:
         """Compares answers, of shape (B, C) or (B, T, C), with the target."""
@@ -139,12 +148,15 @@ class Sequences:
     ) -> Score:
         """Puts fresh sequences to a model, block after block: each has one length."""
 
-        def ask(key):
-            x_BxTxF, at, target = self.sample(key, min(self.examples, BLOCK))
-            return self.score(answer(x_BxTxF, at), target)
+        def ask(number, total):
+            x_BxTxF, at, target = self.sample(
+                jax.random.fold_in(key, number), self.block
+            )
+            score = self.score(answer(x_BxTxF, at), target)
+            return jax.tree.map(jnp.add, total, score)
 
-        blocks = jax.lax.map(ask, jax.random.split(key, max(self.examples // BLOCK, 1)))
-        return jax.tree.map(jnp.mean, blocks)
+        total = jax.lax.fori_loop(0, self.blocks, ask, Score(*jnp.zeros(2)))
+        return jax.tree.map(lambda part: part / self.blocks, total)
 
 
 def make(name: str, length: Length, examples: int = 1000) -> Sequences:
@@ -165,7 +177,9 @@ def make(name: str, length: Length, examples: int = 1000) -> Sequences:
             f"examples must be in [1, {BLOCK}] or a multiple of {BLOCK}, "
             f"got examples={examples}."
         )
-    return Sequences(TASKS[name], _lengths(length), examples)
+    block = min(examples, BLOCK)
+    blocks = jnp.asarray(examples // block, jnp.int32)
+    return Sequences(blocks, block, TASKS[name], _lengths(length))
 
 
 def check_length(name: str, length: Length) -> None:
@@ -190,14 +204,23 @@ def _lengths(length: Length) -> tuple[int, int]:
     return (length, length + 1) if isinstance(length, int) else length
 
 
-def _draw_places(
-    key: jax.Array, batch: int, length: jax.Array, intervals: tuple[Interval, ...]
+def _choose(
+    drawn: jax.Array, first: jax.Array | int, above: jax.Array | int
 ) -> jax.Array:
-    """Draws one step from each of K intervals: an array of shape (B, K)."""
+    """Turns numbers in [0, 1) into integers from the first to below another."""
+    count = jnp.asarray(above - first, jnp.int32)
+    # Rounded to float32, a number just below 1 may give the count.
+    place = (drawn * count.astype(drawn.dtype)).astype(jnp.int32)
+    return first + jnp.minimum(place, count - 1)
+
+
+def _choose_places(
+    drawn_BxK: jax.Array, length: jax.Array, intervals: tuple[Interval, ...]
+) -> jax.Array:
+    """Chooses one step from each of K intervals."""
     start_1xK = jnp.stack([tenths(start, length) for start, _ in intervals])[None]
     width_1xK = jnp.stack([tenths(width, length) for _, width in intervals])[None]
-    end_1xK = start_1xK + width_1xK
-    return jax.random.randint(key, (batch, len(intervals)), start_1xK, end_1xK)
+    return _choose(drawn_BxK, start_1xK, start_1xK + width_1xK)
 
 
 def _put(at_BxT: jax.Array, place_BxK: jax.Array, value: jax.Array) -> jax.Array:
@@ -211,57 +234,62 @@ def _one_hot(symbol_BxT: jax.Array, end: jax.Array, kinds: int) -> jax.Array:
     return jax.nn.one_hot(shown_BxT, kinds, dtype=jnp.float32)
 
 
-def _draw_order(
+def _make_order(
     intervals: tuple[Interval, ...],
-    key: jax.Array,
-    batch: int,
+    drawn_BxN: jax.Array,
+    drawn: jax.Array,
     length: jax.Array,
     steps: int,
 ) -> Batch:
-    """Draws torder and torder3: the label has one bit (B) per place, first lowest."""
-    noise_key, place_key, bit_key = jax.random.split(key, 3)
-    noise_BxT = jax.random.randint(noise_key, (batch, steps), 2, 6)
-    place_BxK = _draw_places(place_key, batch, length, intervals)
-    bit_BxK = jax.random.randint(bit_key, place_BxK.shape, 0, 2)
-    symbol_BxT = _put(noise_BxT, place_BxK, bit_BxK)
+    """Makes torder and torder3: the label has one bit (B) per place, first lowest."""
+    del drawn
+    noise_BxT, places_BxK, bits_BxK = jnp.split(
+        drawn_BxN, [steps, steps + len(intervals)], axis=1
+    )
+    place_BxK = _choose_places(places_BxK, length, intervals)
+    bit_BxK = _choose(bits_BxK, 0, 2)
+    symbol_BxT = _put(_choose(noise_BxT, 2, 6), place_BxK, bit_BxK)
     label_B = bit_BxK @ 2 ** jnp.arange(len(intervals))
     return Batch(_one_hot(symbol_BxT, length, kinds=6), length - 1, label_B)
 
 
-def _draw_numbers(
+def _make_numbers(
     combine: Callable[..., jax.Array],
-    key: jax.Array,
-    batch: int,
+    drawn_BxN: jax.Array,
+    drawn: jax.Array,
     length: jax.Array,
     steps: int,
 ) -> Batch:
-    """Draws add and mul."""
-    length_key, number_key, place_key = jax.random.split(key, 3)
-    end = length + jax.random.randint(length_key, (), 0, tenths(1, length))
-    number_BxT = jax.random.uniform(number_key, (batch, steps))
-    place_BxK = _draw_places(place_key, batch, end, MARKED)
-    marker_BxT = _put(jnp.zeros((batch, steps)), place_BxK, jnp.ones(()))
+    """Makes add and mul."""
+    end = length + _choose(drawn, 0, tenths(1, length))
+    number_BxT, places_BxK = jnp.split(drawn_BxN, [steps], axis=1)
+    place_BxK = _choose_places(places_BxK, end, MARKED)
+    marker_BxT = _put(jnp.zeros_like(number_BxT), place_BxK, jnp.ones(()))
     known_1xTx1 = (jnp.arange(steps) < end)[None, :, None]
     x_BxTxF = jnp.where(known_1xTx1, jnp.stack([marker_BxT, number_BxT], -1), 0)
     target_B = combine(jnp.take_along_axis(number_BxT, place_BxK, 1), axis=1)
     return Batch(x_BxTxF, end - 1, target_B)
 
 
-def _draw_first(key: jax.Array, batch: int, length: jax.Array, steps: int) -> Batch:
-    """Draws perm."""
-    noise_key, label_key = jax.random.split(key)
-    noise_BxT = jax.random.randint(noise_key, (batch, steps), 2, 100)
-    label_B = jax.random.randint(label_key, (batch,), 0, 2)
-    symbol_BxT = noise_BxT.at[:, 0].set(label_B)
+def _make_first(
+    drawn_BxN: jax.Array, drawn: jax.Array, length: jax.Array, steps: int
+) -> Batch:
+    """Makes perm."""
+    del drawn, steps
+    label_B = _choose(drawn_BxN[:, 0], 0, 2)
+    symbol_BxT = _choose(drawn_BxN, 2, 100).at[:, 0].set(label_B)
     return Batch(_one_hot(symbol_BxT, length, kinds=100), length - 1, label_B)
 
 
-def _draw_memories(key: jax.Array, batch: int, length: jax.Array, steps: int) -> Batch:
-    """Draws mem: labels after the end are `PADDING`."""
-    memory_BxM = jax.random.randint(key, (batch, MEMORIES), 0, BLANK)
+def _make_memories(
+    drawn_BxN: jax.Array, drawn: jax.Array, length: jax.Array, steps: int
+) -> Batch:
+    """Makes mem: labels after the end are `PADDING`."""
+    del drawn
+    memory_BxM = _choose(drawn_BxN, 0, BLANK)
     cue = MEMORIES + length
     end = cue + MEMORIES
-    blank_BxT = jnp.full((batch, steps), BLANK)
+    blank_BxT = jnp.full((len(memory_BxM), steps), BLANK)
     symbol_BxT = blank_BxT.at[:, :MEMORIES].set(memory_BxM).at[:, cue].set(CUE)
     label_BxT = jax.lax.dynamic_update_slice(blank_BxT, memory_BxM, (0, cue))
     known_1xT = (jnp.arange(steps) < end)[None]
@@ -283,32 +311,40 @@ def _score_numbers(y_Bx1: jax.Array, target_B: jax.Array) -> Score:
     return Score(jnp.mean(square_B), jnp.mean(~(square_B <= TOLERANCE)))
 
 
-_order = functools.partial(
-    Rule,
-    score=_score_labels,
-    features=6,
-    unit="nats",
-    shortest=10,
-    steps=lambda length: length,
-)
-_numbers = functools.partial(
-    Rule,
-    score=_score_numbers,
-    features=2,
-    outputs=1,
-    unit="squared error",
-    shortest=10,
-    steps=lambda length: length + length // 10 - 1,
-)
+def _order(*intervals: Interval) -> Rule:
+    return Rule(
+        draws=lambda steps: steps + 2 * len(intervals),
+        make=functools.partial(_make_order, intervals),
+        score=_score_labels,
+        features=6,
+        outputs=2 ** len(intervals),
+        unit="nats",
+        shortest=10,
+        steps=lambda length: length,
+    )
+
+
+def _numbers(combine: Callable[..., jax.Array]) -> Rule:
+    return Rule(
+        draws=lambda steps: steps + len(MARKED),
+        make=functools.partial(_make_numbers, combine),
+        score=_score_numbers,
+        features=2,
+        outputs=1,
+        unit="squared error",
+        shortest=10,
+        steps=lambda length: length + length // 10 - 1,
+    )
+
+
 TASKS = {
-    "torder": _order(functools.partial(_draw_order, ((1, 1), (5, 1))), outputs=4),
-    "torder3": _order(
-        functools.partial(_draw_order, ((1, 1), (3, 1), (6, 1))), outputs=8
-    ),
-    "add": _numbers(functools.partial(_draw_numbers, jnp.mean)),
-    "mul": _numbers(functools.partial(_draw_numbers, jnp.prod)),
+    "torder": _order((1, 1), (5, 1)),
+    "torder3": _order((1, 1), (3, 1), (6, 1)),
+    "add": _numbers(jnp.mean),
+    "mul": _numbers(jnp.prod),
     "perm": Rule(
-        draw=_draw_first,
+        draws=lambda steps: steps,
+        make=_make_first,
         score=_score_labels,
         features=100,
         outputs=100,
@@ -317,7 +353,8 @@ TASKS = {
         steps=lambda length: length,
     ),
     "mem": Rule(
-        draw=_draw_memories,
+        draws=lambda steps: MEMORIES,
+        make=_make_memories,
         score=_score_labels,
         features=7,
         outputs=6,

@@ -286,7 +286,7 @@ def test_every_learning_rate_has_a_row_of_its_own(drawn, tmp_path):
         {float(y) for line in axis.lines for y in line.get_ydata() if y in (0.0, 1.0)}
         for axis in success.axes[2:]
     ]
-    assert "cliff: T = 50, lr 0.5, 12 x 12 starts, 1000 updates" in caption
+    assert "cliff: T = 50, lr 0.5, 8 x 8 starts, 1000 updates" in caption
     assert [0.0 in each for each in heights[:2]] == [True, True]
     assert all(1.0 in each for each in heights[2:])
 

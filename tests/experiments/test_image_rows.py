@@ -27,6 +27,19 @@ def digits():
     return image_rows.load(None)
 
 
+@pytest.fixture(scope="module")
+def parts(digits):
+    """Images and labels of the three splits."""
+    judged = [image_rows.load(None, split) for split in ("valid", "test")]
+    return [
+        (np.asarray(digits.train_image_NxTxF), np.asarray(digits.train_label_N)),
+        *(
+            (np.asarray(task.judged_image_NxTxF), np.asarray(task.judged_label_N))
+            for task in judged
+        ),
+    ]
+
+
 @pytest.fixture
 def directory(tmp_path):
     """Files as they are published, one of them unpacked."""
@@ -45,7 +58,7 @@ def cross_entropy(logits, labels):
     return np.log(np.exp(logits).sum(-1)) - own
 
 
-def test_a_pixel_is_its_grey_level_over_16(digits):
+def test_a_pixel_is_its_grey_level_over_16(digits, parts):
     zero = [
         [0, 0, 5, 13, 9, 1, 0, 0],
         [0, 0, 13, 15, 10, 15, 5, 0],
@@ -56,8 +69,7 @@ def test_a_pixel_is_its_grey_level_over_16(digits):
         [0, 2, 14, 5, 10, 12, 0, 0],
         [0, 0, 6, 13, 10, 0, 0, 0],
     ]
-    levels = np.concatenate([digits.train_image_NxTxF, digits.test_image_NxTxF])
-    labels = np.concatenate([digits.train_label_N, digits.test_label_N])
+    levels, labels = map(np.concatenate, zip(*parts))
     (place,) = np.flatnonzero((levels == np.array(zero)).all((1, 2)))
     assert labels[place] == 0
     x_BxTxF = np.asarray(digits.sample(jax.random.key(0), 64).x_BxTxF)
@@ -66,22 +78,24 @@ def test_a_pixel_is_its_grey_level_over_16(digits):
     np.testing.assert_array_equal(x_BxTxF * 16, (x_BxTxF * 16).round())
 
 
-def test_every_digit_is_on_one_side_of_the_split(digits):
-    assert digits.train_image_NxTxF.shape == (1437, 8, 8)
-    assert digits.test_image_NxTxF.shape == (360, 8, 8)
+def test_every_digit_is_in_one_split(parts):
+    assert [images.shape for images, _ in parts] == [
+        (1077, 8, 8),
+        (360, 8, 8),
+        (360, 8, 8),
+    ]
 
     def sorted_rows(images, labels):
         flat = np.column_stack([np.asarray(images).reshape(-1, 64), labels])
         return flat[np.lexsort(flat.T)]
 
-    images = np.concatenate([digits.train_image_NxTxF, digits.test_image_NxTxF])
-    labels = np.concatenate([digits.train_label_N, digits.test_label_N])
+    images, labels = map(np.concatenate, zip(*parts))
     expected = sorted_rows(*load_digits(return_X_y=True))
     np.testing.assert_array_equal(sorted_rows(images, labels), expected)
 
 
-def test_the_split_is_always_the_same(digits):
-    assert digits.test_label_N[:12].tolist() == [6, 6, 6, 2, 5, 6, 6, 2, 2, 1, 1, 9]
+def test_the_split_is_always_the_same(digits, parts):
+    assert parts[2][1][:12].tolist() == [6, 6, 6, 2, 5, 6, 6, 2, 2, 1, 1, 9]
     again = image_rows.load(None)
     for leaf, same in zip(jax.tree.leaves(digits), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(leaf, same)
@@ -121,7 +135,7 @@ def test_the_score_is_the_mean_cross_entropy_and_the_share_of_wrong_answers(digi
 
 
 @pytest.mark.usefixtures("strict")
-def test_every_test_image_is_asked_once(digits, monkeypatch):
+def test_every_judged_image_is_asked_once(digits, monkeypatch):
     monkeypatch.setattr(image_rows, "BLOCK", 11)  # 33 blocks of 11: 3 too many
     weights_FxC = np.random.default_rng(0).normal(0, 2, (8, 10)).astype(np.float32)
 
@@ -129,34 +143,63 @@ def test_every_test_image_is_asked_once(digits, monkeypatch):
         return x_BxTxF[:, at] @ weights_FxC
 
     loss, error = jax.jit(lambda key: digits.judge(answer, key))(jax.random.key(0))
-    last_rows = np.asarray(digits.test_image_NxTxF)[:, 7] / 16
-    logits, labels = last_rows @ weights_FxC, np.asarray(digits.test_label_N)
+    last_rows = np.asarray(digits.judged_image_NxTxF)[:, 7] / 16
+    logits, labels = last_rows @ weights_FxC, np.asarray(digits.judged_label_N)
     np.testing.assert_allclose(loss, cross_entropy(logits, labels).mean(), rtol=1e-5)
     np.testing.assert_allclose(error, (logits.argmax(1) != labels).mean(), rtol=1e-6)
 
 
 def test_idx_files_are_read_as_they_are_published_and_unpacked(directory):
     task = image_rows.load(directory)
-    np.testing.assert_array_equal(
-        task.train_image_NxTxF,
-        [[[0, 1, 2], [3, 4, 255]], [[0x33, 0, 0], [0, 0, 255]]],
-    )
-    np.testing.assert_array_equal(task.train_label_N, [9, 0])
-    np.testing.assert_array_equal(task.test_image_NxTxF, [[[255, 0, 0], [0, 255, 0]]])
-    np.testing.assert_array_equal(task.test_label_N, [7])
+    final = image_rows.load(directory, "test")
+    first, last = [[[0, 1, 2], [3, 4, 255]]], [[[0x33, 0, 0], [0, 0, 255]]]
+    for images, labels, expected, label in (
+        (task.train_image_NxTxF, task.train_label_N, first, 9),
+        (final.train_image_NxTxF, final.train_label_N, first, 9),
+        (task.judged_image_NxTxF, task.judged_label_N, last, 0),
+        (
+            final.judged_image_NxTxF,
+            final.judged_label_N,
+            [[[255, 0, 0], [0, 255, 0]]],
+            7,
+        ),
+    ):
+        np.testing.assert_array_equal(images, expected)
+        np.testing.assert_array_equal(labels, [label])
     assert (task.features, task.outputs, task.unit) == (3, 10, "nats")
     x_BxTxF, at, label_B = task.sample(jax.random.key(0), 8)
     assert at == 1
-    white = np.where(label_B == 9, 0, 51 / 255)
-    np.testing.assert_allclose(x_BxTxF[:, 0, 0], white, rtol=1e-6)
-    np.testing.assert_allclose(x_BxTxF[:, 1, 2], 1, rtol=1e-6)
+    assert (label_B == 9).all()
+    grey = np.array(first * 8) / 255
+    np.testing.assert_allclose(x_BxTxF, grey, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("count", "valid"), [(2, 1), (11, 1), (12, 2), (60, 10)])
+def test_the_last_sixth_of_the_training_files_is_for_validation(
+    directory, count, valid
+):
+    for name in TRAIN:
+        (directory / f"{name}.gz").unlink()
+    pixels = bytes(range(count))
+    (directory / TRAIN[0]).write_bytes(
+        struct.pack(">IIII", 0x803, count, 1, 1) + pixels
+    )
+    (directory / TRAIN[1]).write_bytes(struct.pack(">II", 0x801, count) + bytes(count))
+    (directory / f"{TEST[0]}.gz").unlink()
+    (directory / TEST[0]).write_bytes(struct.pack(">IIII", 0x803, 1, 1, 1) + b"\xff")
+    task = image_rows.load(directory)
+    assert task.train_image_NxTxF.ravel().tolist() == [*range(count - valid)]
+    assert task.judged_image_NxTxF.ravel().tolist() == [*range(count - valid, count)]
 
 
 def test_about_names_the_bytes_of_all_files(directory):
     digest = hashlib.sha256(IMAGES + LABELS + ONE_IMAGE + ONE_LABEL).hexdigest()
     about = image_rows.about(directory)
     assert digest in about
-    assert "2 rows of 3 pixels / 255, 2 images train, 1 test" in about
+    assert (
+        "2 rows of 3 pixels / 255, 1 images train, the last 1 of the same files "
+        "validation, 1 test; sha256 of"
+    ) in about
     assert "load_digits, 8 rows of 8 pixels" in image_rows.about(None)
 
 
@@ -210,6 +253,15 @@ def test_what_gzip_cannot_unpack_is_refused_in_one_line(directory, content):
         image_rows.load(directory)
     assert str(refusal.value).startswith(f"{packed} ")
     assert "\n" not in str(refusal.value)
+
+
+def test_one_training_image_is_not_enough_to_validate_too(directory):
+    for name, content in zip(TRAIN, (ONE_IMAGE, ONE_LABEL)):
+        (directory / f"{name}.gz").unlink()
+        (directory / name).write_bytes(content)
+    with pytest.raises(UsageError, match="has 1 image, and 2 are needed") as refusal:
+        image_rows.load(directory)
+    assert str(refusal.value).startswith(f"{directory / TRAIN[0]} ")
 
 
 def test_a_directory_that_is_none_is_refused(directory):

@@ -5,7 +5,7 @@ import pytest
 
 from experiments import arms, outcomes
 
-NAN = math.nan
+NAN, INF = math.nan, math.inf
 
 
 @pytest.mark.parametrize(
@@ -103,4 +103,50 @@ def test_rows_say_how_each_run_ended():
     assert {row["task"] for row in rows} == {"torder"}
     assert outcomes.by(rows, "arm", "seed").keys() == {
         (row["arm"], row["seed"]) for row in rows
+    }
+
+
+def test_gaps_pair_runs_by_seed_and_put_what_is_not_finite_last():
+    none = rows_of(1.0, [3.0, NAN, 2.0, NAN, INF])
+    clip = rows_of(1.0, [2.5, 2.0, NAN, NAN, NAN])[::-1]
+    assert outcomes.gaps(clip, none, "loss") == [0.0, 0.0, -INF, INF, 0.5]
+
+
+def test_the_middle_of_gaps_is_one_of_them():
+    assert outcomes.typical_gap([INF] * 3 + [-INF] * 3) == (-INF, -INF, INF)
+    assert outcomes.typical_gap([0.3, 0.1, 0.2]) == (0.2, 0.1, 0.3)
+    assert outcomes.typical_gap([0.4, 0.1, 0.3, 0.2]) == (0.2, 0.1, 0.4)
+
+
+@pytest.mark.parametrize(
+    ("gaps", "verb"),
+    [
+        ([0.1, 0.2, 0.3, 0.4, 0.5, INF], "gains"),
+        ([0.1, 0.2, 0.3, 0.4, 0.5, -0.1], "makes no clear difference"),
+        ([-0.1, -0.2, -0.3, -0.4, 0.5, -0.1], "makes no clear difference"),
+        ([0.0, 0.2, 0.3, 0.4, 0.5, 0.6], "makes no clear difference"),
+        ([-0.1, -0.2, -0.3, -0.4, -0.5, -INF], "loses"),
+        # One of nine may be on the other side: 2 (1 + 9) / 2^9 < 5 %.
+        ([-0.1, *[0.2] * 8], "gains"),
+        ([0.2] * 5, "cannot be judged from fewer than 6 seeds"),
+    ],
+)
+def test_the_whole_interval_of_the_gap_decides(gaps, verb):
+    # Seeds differ by more than the clip does.
+    none = [100.0 * seed for seed in range(len(gaps))]
+    clip = [loss - gap for loss, gap in zip(none, gaps)]
+    found = outcomes.effect(rows_of(1.0, clip), rows_of(1.0, none), "loss")
+    assert found == verb
+
+
+def test_losses_are_named_by_the_split_they_are_of():
+    row = {"arm": "none", "start_loss": 3.0, "test_loss": 2.0, "test_error": 0.5}
+    named = outcomes.by_split(row | {"final_loss": 1.0, "final_error": 0.25}, 2.0)
+    assert named == {
+        "arm": "none",
+        "start_loss": 6.0,
+        "valid_loss": 4.0,
+        "valid_error": 0.5,
+        "test_loss": 2.0,
+        "test_error": 0.25,
     }

@@ -52,36 +52,6 @@ def level(loss):
     return [loss + seed / 1000 for seed in range(SEEDS)]
 
 
-def test_gaps_pair_runs_by_seed_and_put_what_is_not_finite_last():
-    none = runs("none", 1.0, [3.0, NAN, 2.0, NAN, INF])
-    clip = runs("clip", 1.0, [2.5, 2.0, NAN, NAN, NAN])[::-1]
-    found = prediction.gaps(none, clip, "valid_loss")
-    assert found == [0.0, 0.0, -INF, INF, 0.5]
-
-
-def test_the_middle_of_gaps_is_one_of_them():
-    assert prediction.typical([INF, INF, INF, -INF, -INF, -INF]) == (-INF, -INF, INF)
-    assert prediction.typical([0.3, 0.1, 0.2]) == (0.2, 0.1, 0.3)
-    assert prediction.typical([0.4, 0.1, 0.3, 0.2]) == (0.2, 0.1, 0.4)
-
-
-@pytest.mark.parametrize(
-    ("gaps", "verb"),
-    [
-        ([0.1, 0.2, 0.3, 0.4, 0.5, INF], "gains"),
-        ([0.1, 0.2, 0.3, 0.4, 0.5, -0.1], "makes no clear difference"),
-        ([-0.1, -0.2, -0.3, -0.4, 0.5, -0.1], "makes no clear difference"),
-        ([0.0, 0.2, 0.3, 0.4, 0.5, 0.6], "makes no clear difference"),
-        ([-0.1, -0.2, -0.3, -0.4, -0.5, -INF], "loses"),
-        # One of nine may be on the other side: 2 (1 + 9) / 2^9 < 5 %.
-        ([-0.1, *[0.2] * 8], "gains"),
-        ([0.2] * 5, "cannot be judged by fewer than 6 seeds"),
-    ],
-)
-def test_the_whole_interval_of_the_gap_decides(gaps, verb):
-    assert prediction.effect(gaps) == verb
-
-
 def test_clips_are_compared_at_their_own_rates_on_seeds_that_did_not_choose():
     # Three seeds choose; without a clip the others would choose the other rate.
     flips = level(2.5)[:3] + level(3.5)[3:]
