@@ -90,7 +90,7 @@ def use(machine: Machine) -> Iterator[None]:
             raise UsageError(
                 f"devices={machine.devices} comes too late: jax has been used already."
             ) from error
-    elif jax.config.jax_num_cpu_devices == UNSET and not _is_forced():
+    elif jax.config.values["jax_num_cpu_devices"] == UNSET and not _is_forced():
         # Too late is not wrong: then jax has the devices it has.
         with contextlib.suppress(RuntimeError):
             jax.config.update("jax_num_cpu_devices", min(_cores(), MOST))
