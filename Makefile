@@ -19,7 +19,7 @@ demo: $(VENV)/.demo
 	$(PY) -m experiments suite cliff temporal_order lr_window image_rows
 
 test: $(VENV)/.test
-	$(PY) -m pytest -n auto --dist loadgroup
+	$(PY) -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.dev
 	$(PY) -m ruff check .

@@ -50,7 +50,8 @@ class Run:
     out: Path | None = None
     """Directory for what comes out, empty or new. Default: the next runs/NAME-1."""
     tensorboard: bool = False
-    """Also write logs for TensorBoard (needs the package tensorboardX)."""
+    """Also write logs of training for TensorBoard (needs the package tensorboardX;
+    explode, cliff, smoothness, limits and data_parallel have none)."""
     machine: Machine = dataclasses.field(default_factory=Machine)
 
 

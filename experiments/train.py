@@ -366,16 +366,15 @@ def _sweep(
     """Trains the arms of one kind side by side; see `compare`."""
     shape = len(knobs.lr), len(seeds)
     arm, seed = np.indices(shape).reshape(2, -1)
-    over_seeds = devices.spread(len(seeds), one_device=setup.check)
     runs = devices.spread(arm.size, one_device=setup.check)
     unchecked = setup.model.clone(check=False)
-    starts = _start(unchecked, over_seeds, task, over_seeds.place(seeds))
+    starts = start_all(unchecked, runs, task, seeds)
     knobs = jax.tree.map(lambda knob: np.asarray(knob)[arm], knobs)
     placed = runs.place(knobs)
     chunk = _checked(_chunk_in_turn) if setup.check else _chunk
 
     def begin() -> tuple[State, Records]:
-        state = _begin(setup, clip, runs, starts, placed, runs.place(seed))
+        state = begin_all(setup, clip, runs, starts, placed, runs.place(seed))
         return state, judged("test", task, state, state.step)
 
     def advance(state: State, updates: int) -> tuple[State, Records]:
@@ -439,14 +438,21 @@ def _medians(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _start(model: nn.Module, over: devices.Spread, task: Any, seeds: Any) -> Start:
-    """Initialises the model for every seed; every device has all of it."""
-    starts = over.map(functools.partial(init, model), shared=1)(task, seeds)
-    return jax.lax.with_sharding_constraint(starts, over.whole)
+def start_all(
+    model: nn.Module, runs: devices.Spread, task: Any, seeds: np.ndarray
+) -> Start:
+    """Initialises the model for every seed; every device has all of them.
+
+    One after another: an orthogonal kernel is made by LAPACK, which on CPUs hands a
+    batch of matrices to the threads that it is called from, and waits for them. On few
+    cores two such calls can wait for each other for ever.
+    """
+    starts = jax.lax.map(functools.partial(init, model, task), seeds)
+    return jax.lax.with_sharding_constraint(starts, runs.whole)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _begin(
+def begin_all(
     setup: Setup,
     clip: Clip,
     runs: devices.Spread,

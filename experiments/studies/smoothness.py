@@ -312,10 +312,12 @@ def _follow(
     arm, seed = np.indices(shape).reshape(2, -1)
     runs = devices.spread(arm.size)
     placed = runs.place(jax.tree.map(lambda knob: np.asarray(knob)[arm], knobs))
-    seeds = runs.place(config.seed + seed)
+    seeds = config.seed + np.arange(config.seeds)
+    starts = train.start_all(setup.model, runs, task, seeds)
 
     def begin() -> tuple[train.State, Records]:
-        return _begin(setup, clip, runs, task, placed, seeds), {}
+        places = runs.place(seed)
+        return train.begin_all(setup, clip, runs, starts, placed, places), {}
 
     def forward(state: train.State, updates: int) -> tuple[train.State, Records]:
         state, point = _advance(
@@ -336,23 +338,6 @@ def _follow(
     seconds = found["seconds"].sum() / shape[0]
     points = {name: found[name].reshape(*shape, -1) for name in Point._fields}
     return {**points, "seconds": np.full(shape[0], seconds)}
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _begin(
-    setup: train.Setup,
-    clip: Clip,
-    runs: devices.Spread,
-    task: Any,
-    knobs: arms.Knobs,
-    seeds: Any,
-) -> train.State:
-    """Returns the states of all runs."""
-
-    def begin_one(task, knobs, seed):
-        return train.begin(setup, clip, knobs, train.init(setup.model, task, seed))
-
-    return runs.map(begin_one, shared=1)(task, knobs, seeds)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4), donate_argnums=7)

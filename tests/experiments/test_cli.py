@@ -1,5 +1,6 @@
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -38,6 +39,10 @@ def run_rows(*options):
             "clip 'clp:1' is not known: pass none or one of adaclip,",
         ),
         (run_rows("--clip", "clip:-1"), "clip 'clip:-1' is not possible"),
+        (
+            run_rows("--clip", "clip:1", "clip:1.0"),
+            "clip must be one or more different",
+        ),
         (run_rows("--clip", "zclip:-1"), "z must be > 0"),
         (run_rows("--clip", "autoclip:10,window=0"), "window must be >= 1"),
         (run_rows("--clip", "mean_clip"), "missing a required argument: 'ratio'"),
@@ -202,6 +207,8 @@ def test_the_stored_command_repeats_the_run(worked, tmp_path):
     about = json.loads((tmp_path / "one" / "config.json").read_text())
     words = about["command"].split()
     assert words[:3] == ["python", "-m", "experiments"]
+    assert words[-2:] == ["--devices", str(jax.device_count())]
+    words = words[:-2]  # Here jax has its devices already.
     main([*words[3:], "--out", str(tmp_path / "two")])
     (_, config, *_), (_, again, *_) = worked
     assert config == again

@@ -1,5 +1,6 @@
 import contextlib
 import json
+import os
 import re
 import socket
 import subprocess
@@ -14,6 +15,8 @@ import optaxclip
 from experiments import devices
 from experiments.config import UsageError
 
+# What chooses a number of CPU devices.
+CHOOSE = "JAX_NUM_CPU_DEVICES", "XLA_FLAGS"
 COLLECTIVE = r"all-(gather|reduce|to-all)|collective-|reduce-scatter"
 
 
@@ -39,6 +42,32 @@ def test_every_run_is_made_once_and_alone_on_all_devices(runs):
 def test_there_are_copies_of_the_last_run_on_devices_to_spare():
     placed = devices.spread(3).place((np.array([4, 5, 6]),))[0]
     assert placed.tolist() == [4, 5] + [6] * (jax.device_count() - 2)
+
+
+@pytest.mark.parametrize(
+    ("environment", "count"),
+    [
+        ({}, min(devices._cores(), 8)),
+        ({"JAX_NUM_CPU_DEVICES": "3"}, 3),
+        ({"XLA_FLAGS": "--xla_force_host_platform_device_count=5"}, 5),
+    ],
+)
+def test_there_is_a_cpu_device_per_core_if_nobody_says_otherwise(environment, count):
+    program = (
+        "import jax\n"
+        "from experiments import devices\n"
+        "with devices.use(devices.Machine()):\n"
+        "    print(jax.device_count())"
+    )
+    known = {name: x for name, x in os.environ.items() if name not in CHOOSE}
+    found = subprocess.run(
+        [sys.executable, "-c", program],
+        env=known | environment | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (found.stdout, found.stderr) == (f"{count}\n", "")
 
 
 def test_processes_that_were_told_something_else_are_refused(monkeypatch):

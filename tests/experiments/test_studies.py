@@ -1,12 +1,13 @@
 import json
 import math
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from rich.table import Table
 
-from experiments import report, results
+from experiments import outcomes, report, results
 from experiments.cli import main
 from experiments.config import UsageError
 from experiments.journal import Journal, Stopped
@@ -27,12 +28,8 @@ RUNS = {
         6,
         {"cosines", "success"},
     ),
-    "temporal_order": (
-        "--length 12 --updates 300 --checks 3 --seeds 3 --lr 0.1 0.3 --control 0.1 "
-        "--control-length 12",
-        15,
-        {"success", "times", "map", "dynamics"},
-    ),
+    # The smoke tier: its finding needs no less.
+    "temporal_order": ("", 16, {"success", "times", "map", "dynamics"}),
     "pathological": (
         "--length 10 --updates 20 --checks 2 --seeds 2 --hidden 8",
         6,
@@ -75,39 +72,46 @@ def test_every_experiment_is_run_here():
     assert RUNS.keys() == STUDIES.keys()
 
 
-def start(name, directory):
-    options = RUNS[name][0].split()
+def start(name, directory, options):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data_parallel, "MODEL", (2,))
-        main(["run", name, "--out", str(directory), *options])
+        main(["run", name, "--out", str(directory), *options.split()])
 
 
-# Tests of one run are for one worker, which then makes it only once.
-ONCE = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in RUNS]
+# One test: its workers would each make the run again.
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_tells_all_and_finds_what_is_known_and_is_redrawn(name, tmp_path):
+    options, lines, figures = RUNS[name]
+    start(name, tmp_path, options)
+    assert_all_is_there(name, tmp_path, lines, figures)
+    assert_the_page_needs_no_other_file(name, tmp_path, figures)
+    FINDINGS.get(name, lambda rows: None)(results.load(tmp_path).rows)
+    assert_plot_redraws_the_same(tmp_path)
 
 
-@pytest.fixture(scope="module", params=ONCE)
-def run(request, tmp_path_factory):
-    directory = tmp_path_factory.mktemp("runs") / request.param
-    start(request.param, directory)
-    return request.param, directory
-
-
-def test_a_run_leaves_all_that_is_needed_to_repeat_and_judge_it(run):
-    name, directory = run
+def assert_all_is_there(name, directory, lines, figures):
     about = json.loads((directory / "config.json").read_text())
     assert about["config"]["experiment"] == name
     assert {"commit", "device", "python", "versions", "command"} < about.keys()
-    lines = (directory / "results.jsonl").read_text().splitlines()
-    assert len(lines) == RUNS[name][1]
-    for line in map(json.loads, lines):
-        assert {"experiment", "seconds"} < line.keys()
-    assert {path.stem for path in directory.glob("*.png")} == RUNS[name][2]
+    rows = (directory / "results.jsonl").read_text().splitlines()
+    assert len(rows) == lines
+    for row in map(json.loads, rows):
+        assert {"experiment", "seconds"} < row.keys()
+    assert {path.stem for path in directory.glob("*.png")} == figures
     assert not (directory / "checkpoints").exists()
 
 
-def test_plot_redraws_the_same_figures_and_page_from_what_is_stored(run):
-    _, directory = run
+def assert_the_page_needs_no_other_file(name, directory, figures):
+    page = (directory / "report.html").read_text()
+    about = json.loads((directory / "config.json").read_text())
+    assert about["command"] in page
+    assert page.count("<img ") == len(figures)
+    assert set(re.findall(r'src="(.{10})', page)) == {"data:image"}
+    verdict = STUDIES[name].verdict(results.load(directory).rows)
+    assert page.count("<li>") == len(verdict) > 0
+
+
+def assert_plot_redraws_the_same(directory):
     files = [*directory.glob("*.png"), directory / "report.html"]
     drawn = {path: path.read_bytes() for path in files}
     for path in drawn:
@@ -116,57 +120,66 @@ def test_plot_redraws_the_same_figures_and_page_from_what_is_stored(run):
     assert {path: path.read_bytes() for path in files} == drawn
 
 
-def test_the_page_needs_no_other_file_and_tells_how_to_repeat_it(run):
-    name, directory = run
-    page = (directory / "report.html").read_text()
-    about = json.loads((directory / "config.json").read_text())
-    assert about["command"] in page
-    assert page.count("<img ") == len(RUNS[name][2])
-    assert set(re.findall(r'src="(.{10})', page)) == {"data:image"}
-    found = results.load(directory)
-    verdict = STUDIES[name].verdict(found.rows)
-    assert page.count("<li>") == len(verdict) > 0
+def the_cliff_is_passed_with_a_clip_only(rows):
+    none, clipped = rows
+    assert none["arm"] == "none"
+    assert none["reached"] <= 0.7
+    assert clipped["reached"] >= 0.95
 
 
-def test_findings_are_kept(run):
-    name, directory = run
-    found = results.load(directory).rows
-    if name == "cliff":
-        none, clipped = found
-        assert none["arm"] == "none"
-        assert none["reached"] <= 0.7
-        assert clipped["reached"] >= 0.95
-    if name == "limits":
-        follows = [None, None, 27, None, 89, 4, 42, 7]
-        assert [None if math.isnan(x["follows"]) else x["follows"] for x in found] == (
-            follows
-        )
-        left = [1.64, 3.04, 1.42, 0.97, 0.78, 1.34, 1.55, 0.90]
-        assert [x["spike_kept"] for x in found] == pytest.approx(left, abs=0.01)
-        assert [x["state"] for x in found] == [0, 2, 2, 3, 201, 257, 201, 1]
-    if name == "lr_window":
-        accuracy = {row["arm"]: [] for row in found}
-        for row in found:
-            accuracy[row["arm"]].append(1 - row["final_error"])
-        assert max(accuracy["none"]) < 0.4
-        assert min(accuracy["clip_by_global_norm:0.1"]) > 0.8
-    if name == "data_parallel":
-        alone, spread = found
-        assert (alone["mesh"], spread["mesh"]) == ("1x1", "4x2")
-        assert alone["share"] == 1
-        assert 0.5 <= spread["share"] < 0.75
-        assert 0 < spread["difference"] < 1e-3 * alone["moved"]
-        for same in ("first_grad_norm", "test_loss", "test_accuracy"):
-            assert spread[same] == pytest.approx(alone[same], rel=1e-3)
+def limits_follow_as_they_do(rows):
+    follows = [None, None, 27, None, 89, 4, 42, 7]
+    assert [None if math.isnan(row["follows"]) else row["follows"] for row in rows] == (
+        follows
+    )
+    left = [1.64, 3.04, 1.42, 0.97, 0.78, 1.34, 1.55, 0.90]
+    assert [row["spike_kept"] for row in rows] == pytest.approx(left, abs=0.01)
+    assert [row["state"] for row in rows] == [0, 2, 2, 3, 201, 257, 201, 1]
 
 
-@pytest.mark.parametrize(
-    "run", [ONCE[list(RUNS).index("temporal_order")]], indirect=True
-)
-def test_a_run_that_was_stopped_is_resumed_bit_for_bit(
-    run, tmp_path, monkeypatch, capsys
-):
-    name, directory = run
+def a_high_rate_works_with_a_clip_only(rows):
+    accuracy = {
+        arm: [1 - row["final_error"] for row in runs]
+        for (arm,), runs in outcomes.by(rows, "arm").items()
+    }
+    assert max(accuracy["none"]) < 0.4
+    assert min(accuracy["clip_by_global_norm:0.1"]) > 0.8
+
+
+def many_devices_give_what_one_does(rows):
+    alone, spread = rows
+    assert (alone["mesh"], spread["mesh"]) == ("1x1", "4x2")
+    assert alone["share"] == 1
+    assert 0.5 <= spread["share"] < 0.75
+    assert 0 < spread["difference"] < 1e-3 * alone["moved"]
+    for same in ("first_grad_norm", "test_loss", "test_accuracy"):
+        assert spread[same] == pytest.approx(alone[same], rel=1e-3)
+
+
+def order_is_learned_with_a_clip_only(rows):
+    solved = {
+        arm: sum(row["solved"] for row in runs)
+        for (arm,), runs in outcomes.by(rows, "arm").items()
+    }
+    assert solved["clip_by_global_norm:1.0"] - solved["none"] >= 4
+
+
+FINDINGS = {
+    "cliff": the_cliff_is_passed_with_a_clip_only,
+    "limits": limits_follow_as_they_do,
+    "lr_window": a_high_rate_works_with_a_clip_only,
+    "data_parallel": many_devices_give_what_one_does,
+    "temporal_order": order_is_learned_with_a_clip_only,
+}
+
+
+def test_a_run_that_was_stopped_is_resumed_bit_for_bit(tmp_path, monkeypatch, capsys):
+    name, whole, stopped = "temporal_order", tmp_path / "whole", tmp_path / "stopped"
+    options = (
+        "--length 12 --updates 30 --checks 3 --seeds 3 --lr 0.1 0.3 --control 0.1 "
+        "--control-length 12"
+    )
+    start(name, whole, options)
     pieces = iter([False, False, False, False, True])
     advance = Journal.advance
 
@@ -178,17 +191,18 @@ def test_a_run_that_was_stopped_is_resumed_bit_for_bit(
     with monkeypatch.context() as patch:
         patch.setattr(Journal, "_is_due", lambda journal: True)
         patch.setattr(Journal, "advance", stop_once)
-        with pytest.raises(SystemExit) as stopped:
-            start(name, tmp_path)
-    assert stopped.value.code == 130
+        with pytest.raises(SystemExit) as ended:
+            start(name, stopped, options)
+    assert ended.value.code == 130
     told = capsys.readouterr().err.splitlines()[-1]
-    assert told.endswith(f"python -m experiments resume {tmp_path}")
-    main(["resume", str(tmp_path)])
-    whole, resumed = results.load(directory), results.load(tmp_path)
-    np.testing.assert_equal(resumed.curves, whole.curves)
-    for row in (*whole.rows, *resumed.rows):
+    assert told.endswith(f"python -m experiments resume {stopped}")
+    main(["resume", str(stopped)])
+    expected, resumed = results.load(whole), results.load(stopped)
+    assert len(expected.rows) == 15
+    np.testing.assert_equal(resumed.curves, expected.curves)
+    for row in (*expected.rows, *resumed.rows):
         row["seconds"] = None
-    np.testing.assert_equal(resumed.rows, whole.rows)
+    np.testing.assert_equal(resumed.rows, expected.rows)
 
 
 def test_numbers_that_are_not_finite_survive_as_null(tmp_path):
@@ -214,8 +228,9 @@ def test_a_config_comes_back_from_its_run_directory(tmp_path, name):
 
 def test_run_directories_are_numbered_and_never_reused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    names = [str(results.create(None, "demo")) for _ in range(2)]
-    assert names == ["runs/demo-1", "runs/demo-2"]
+    with ThreadPoolExecutor(8) as many:
+        names = many.map(lambda _: str(results.create(None, "demo")), range(20))
+    assert sorted(names) == sorted(f"runs/demo-{1 + i}" for i in range(20))
     (tmp_path / "runs" / "demo-1" / "notes.txt").write_text("mine")
     with pytest.raises(UsageError, match="not empty"):
         results.create(tmp_path / "runs" / "demo-1", "demo")

@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import re
 
 import chex
 import flax.linen as nn
@@ -114,6 +115,15 @@ def test_the_grid_is_the_same_on_one_device(found, found_alone):
     for name, rtol in {"loss": 1e-5, "grad_norm": 1e-4, "test_loss": 1e-5}.items():
         np.testing.assert_allclose(found[name], found_alone[name], rtol=rtol)
     np.testing.assert_array_equal(found["clipped"], found_alone["clipped"])
+
+
+def test_kernels_are_made_one_by_one(task):
+    """A batch of matrices would wait for threads that may be waiting for it."""
+    lstm = Recurrent("lstm", hidden=8, outputs=10)
+    lowered = train.start_all.lower(lstm, devices.spread(3), task, SEEDS)
+    program = lowered.compile().as_text()
+    kernels = re.findall(r"= \(?f32(\S+)\{.* custom_call_target=\"lapack", program)
+    assert kernels == ["[8,8]"] * 2 * 4
 
 
 def test_seeds_differ_and_arms_share_their_start_and_first_batch(found):
