@@ -541,9 +541,10 @@ def _names(rows: Rows) -> list[str]:
 
 
 def cost(runs: Rows) -> float:
-    """What tuning makes small: runs not solved, among equals those not kept."""
+    """What tuning makes small: runs not solved; among equals not kept, then errors."""
     unsolved, lost = (sum(not run[x] for run in runs) for x in ("solved", "kept"))
-    return unsolved + lost / (len(runs) + 1)
+    error = float(np.mean([run["final_error"] for run in runs]))
+    return unsolved + (lost + error / 2) / (len(runs) + 1)
 
 
 def _caption(config: dict[str, Any]) -> str:

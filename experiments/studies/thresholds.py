@@ -602,8 +602,9 @@ STANDARD = dataclasses.replace(
     task=("torder", "music"),
     threshold=(0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0),
     clip=METHODS,
-    updates=1200,
-    music_updates=120,
+    updates=1000,
+    music_updates=100,
+    checks=6,
 )
 STUDY = Study(
     about="fixed thresholds, a rule of thumb for them, and all methods as they come",

@@ -31,6 +31,7 @@ def runs_of(solved, arm="none", lr=0.1, alpha=0.0, control=False, **labels):
             "solved": bool(is_solved),
             "kept": bool(is_solved),
             "perfect": False,
+            "final_error": 0.0 if is_solved else 0.75,
             "solved_at": 500.0 if is_solved else NAN,
             "clipped": 0.25,
             "grad_norm_median": 0.5,
@@ -185,6 +186,10 @@ def test_rates_are_chosen_by_runs_solved_and_only_among_equals_by_runs_kept():
     fewer = runs_of([0] + [1] * 5, lr=0.3)
     assert solving.cost(lost) < solving.cost(fewer)
     assert solving.tuned([*fewer, *lost])["none", 0.0].lr == 0.1
+    # Where none is solved, fewer wrong answers decide.
+    wrong, better = runs_of(NONE, lr=0.1), runs_of(NONE, lr=0.3)
+    better[1]["final_error"] = 0.5
+    assert solving.tuned([*wrong, *better])["none", 0.0].lr == 0.3
 
 
 def test_omega_is_compared_with_none_and_with_the_same_clip_without_it():
