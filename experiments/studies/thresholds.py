@@ -52,6 +52,8 @@ NORM = "clip_by_global_norm"
 RULE = 0.5, 10.0
 # A threshold works if it gains this share of what the best one gains.
 WORKS = 0.8
+# Losses above this many times what is reached without training are drawn there.
+FAR = 10.0
 # Thresholds of the methods that have no default: of AGC, https://arxiv.org/abs/2102.06171,
 # in the middle of the rule (mean_clip), twice the running mean, and 1.
 COMMON = {
@@ -506,6 +508,7 @@ def _draw_methods(results: Results, path: Path) -> Path:
     for axis, (task, runs) in zip(axes, tasks, strict=True):
         measure, ranks = MEASURES[task], ranked(runs)
         shown = np.array([measure.shown(found.runs) for found in ranks.values()])
+        shown = np.minimum(shown, FAR * runs[0]["baseline"])
         kinds = [found.runs[0]["kind"] for found in ranks.values()]
         for name, colour in COLOURS.items():
             places = [i for i, kind in enumerate(kinds) if kind == name]
@@ -526,7 +529,10 @@ def _draw_methods(results: Results, path: Path) -> Path:
         axis.grid(axis="y", alpha=0.3)
         _scale(axis, "x", task)
     plots.legend(figure, axes[0])
-    note = "bars: 95 % intervals (of medians of fewer than 6 runs: ranges)"
+    note = (
+        "bars: 95 % intervals (of medians of fewer than 6 runs: ranges); at the edge: "
+        f"more than {FAR:g} times what is reached without training"
+    )
     return plots.save(figure, path, results, f"{_caption(results)}\n{note}")
 
 
