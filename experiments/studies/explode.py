@@ -32,6 +32,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.box import SIMPLE
@@ -436,7 +437,7 @@ def _draw_norms(results: Results, path: Path) -> Path:
         for axis, unit in zip(row, UNITS):
             norms = curves[f"{unit} {kernel} float32"]
             for i, radius in enumerate(config["radius"]):
-                look = {"color": plots.COLOURS[i % len(plots.COLOURS)]}
+                look = {"color": _colour(i, len(config["radius"]))}
                 _plot(axis, norms[i], lw=0.6, alpha=0.6, **look)
                 _plot(axis, norms[i][:1], label=f"radius {radius:g}", **look)
                 _law_line(axis, steps, radius)
@@ -455,6 +456,11 @@ def _draw_norms(results: Results, path: Path) -> Path:
     return plots.save(figure, path, results, runs)
 
 
+def _colour(place: int, count: int) -> tuple[float, ...]:
+    """Returns a colour for one of several radii, from violet to red."""
+    return colormaps["turbo"]((place + 0.5) / count)
+
+
 def _draw_dtypes(results: Results, path: Path) -> Path:
     """Draws one number times itself in every dtype, until it is out of range."""
     config, curves = results.about["config"], results.curves
@@ -464,7 +470,7 @@ def _draw_dtypes(results: Results, path: Path) -> Path:
     for axis, dtype in zip(axes, DTYPES):
         norms = curves[f"linear {ONE} {dtype}"][:, 0]
         for i, radius in enumerate(config["radius"]):
-            look = {"color": plots.COLOURS[i % len(plots.COLOURS)]}
+            look = {"color": _colour(i, len(config["radius"]))}
             end = lost(norms[i], dtype)
             label = f"radius {radius:g}"
             inside = norms[i] if math.isnan(end) else norms[i][: int(end)]
