@@ -256,14 +256,23 @@ def _check_same(directory: Path, about: dict[str, Any], facts: Any) -> None:
         if about.get(name) != value:
             raise UsageError(
                 f"{directory} was begun with {name} {about.get(name)}, and here it is "
-                f"{value}. To run it again: {about['command']}"
+                f"{value}.{_hint(name, about)} To run it again: {about['command']}"
             )
+
+
+def _hint(name: str, about: dict[str, Any]) -> str:
+    """Says how to get as many CPU devices as a run was begun on."""
+    count, _, kind = str(about.get(name)).partition(" x ")
+    if name != "device" or kind != "cpu":
+        return ""
+    return f" To go on, pass --devices {int(count) // about.get('processes', 1)}."
 
 
 def _stop(top: Path) -> NoReturn:
     if devices.is_first():
         told = "stopped, what is done is kept. To go on"
-        print(f"{PROG}: {told}: {PROG} resume {top}", file=sys.stderr)
+        option = results.devices_option(jax.local_device_count())
+        print(f"{PROG}: {told}: {PROG} resume {top}{option}", file=sys.stderr)
     sys.exit(STOPPED)
 
 

@@ -74,8 +74,7 @@ class Machine:
 def use(machine: Machine) -> Iterator[None]:
     """Sets up devices, and joins other processes for as long as all goes well.
 
-    On CPUs small arrays are computed by one core, whose runs are therefore spread over
-    as many devices as there are cores.
+    On CPUs small arrays keep one core busy: runs are spread over a device per core.
 
     Only the first process has a standard output then.
 

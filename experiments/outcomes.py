@@ -47,6 +47,11 @@ def rows(
       updates: updates of each run.
       curves: what `train.compare` returns, with a `Summary` of each chunk.
       **labels: what else these runs have in common.
+
+    Returns:
+      `test_loss` and `test_error` are of what the runs were judged on on the way, the
+      validation split of a data set; `final_loss` and `final_error` of what they were
+      judged on at the end.
     """
     return [
         {
@@ -237,12 +242,11 @@ def gaps(clip: Rows, none: Rows, name: str) -> list[float]:
 
     Args:
       clip: rows of the runs with a clip.
-      none: rows of the runs without it.
+      none: rows of the runs without it, of the same seeds.
       name: of what should be small; NaN counts as inf.
 
     Returns:
-      Numbers without a clip minus those with it, of the seeds that both have; 0 where
-      both are inf.
+      Numbers without a clip minus those with it; 0 where both are inf.
     """
 
     def losses(runs: Rows) -> dict[int, float]:
@@ -255,17 +259,17 @@ def gaps(clip: Rows, none: Rows, name: str) -> list[float]:
     return [
         0.0 if without[seed] == found[seed] else without[seed] - found[seed]
         for seed in found
-        if seed in without
     ]
 
 
-def typical_gap(gaps: list[float]) -> stats.Spread:
-    """Returns the median of gaps, and its interval.
+def gap(clip: Rows, none: Rows, name: str) -> stats.Spread:
+    """Returns the median of `gaps`, and its interval.
 
     Of two in the middle it is the lower one: their mean may be that of inf and -inf.
     """
-    middle = sorted(gaps)[(len(gaps) - 1) // 2]
-    return stats.Spread(middle, *stats.interval_of_median(gaps))
+    found = gaps(clip, none, name)
+    middle = sorted(found)[(len(found) - 1) // 2]
+    return stats.Spread(middle, *stats.interval_of_median(found))
 
 
 def effect(clip: Rows, none: Rows, name: str) -> str:
@@ -273,13 +277,12 @@ def effect(clip: Rows, none: Rows, name: str) -> str:
 
     Args:
       clip: rows of the runs with a clip.
-      none: rows of the runs without it.
+      none: rows of the runs without it, of the same seeds.
       name: of the quantity.
     """
-    found = gaps(clip, none, name)
-    if len(found) < FEWEST:
+    if len(clip) < FEWEST:
         return f"cannot be judged from fewer than {FEWEST} seeds"
-    _, low, high = typical_gap(found)
+    _, low, high = gap(clip, none, name)
     if low > 0:
         return "gains"
     return "loses" if high < 0 else "makes no clear difference"

@@ -136,9 +136,12 @@ def command(config: Config) -> str:
             continue
         values = value if isinstance(value, tuple) else (value,)
         words += [option] if value is True else [option, *map(_word, values)]
-    if jax.default_backend() == "cpu":
-        words.append(f"--devices {jax.local_device_count()}")
-    return " ".join(words)
+    return " ".join(words) + devices_option(jax.device_count())
+
+
+def devices_option(count: int) -> str:
+    """Returns the option for a number of devices, where that can be chosen."""
+    return f" --devices {count}" if jax.default_backend() == "cpu" else ""
 
 
 def read_about(directory: Path) -> dict[str, Any]:

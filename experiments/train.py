@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding
 
 import optaxclip
 from experiments import arms, devices, models, omega
@@ -368,7 +369,7 @@ def _sweep(
     arm, seed = np.indices(shape).reshape(2, -1)
     runs = devices.spread(arm.size, one_device=setup.check)
     unchecked = setup.model.clone(check=False)
-    starts = start_all(unchecked, runs, task, seeds)
+    starts = start_all(unchecked, runs.whole, task, seeds)
     knobs = jax.tree.map(lambda knob: np.asarray(knob)[arm], knobs)
     placed = runs.place(knobs)
     chunk = _checked(_chunk_in_turn) if setup.check else _chunk
@@ -439,16 +440,16 @@ def _medians(
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def start_all(
-    model: nn.Module, runs: devices.Spread, task: Any, seeds: np.ndarray
+    model: nn.Module, whole: NamedSharding, task: Any, seeds: np.ndarray
 ) -> Start:
-    """Initialises the model for every seed; every device has all of them.
+    """Initialises the model for every seed; every device has the whole of it.
 
     One after another: an orthogonal kernel is made by LAPACK, which on CPUs hands a
     batch of matrices to the threads that it is called from, and waits for them. On few
     cores two such calls can wait for each other for ever.
     """
     starts = jax.lax.map(functools.partial(init, model, task), seeds)
-    return jax.lax.with_sharding_constraint(starts, runs.whole)
+    return jax.lax.with_sharding_constraint(starts, whole)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

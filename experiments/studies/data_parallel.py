@@ -424,7 +424,7 @@ SMOKE = DataParallelConfig(
     clip=("clip_by_global_norm:0.3", "autoclip", "adaptive_grad_clip:0.01"),
     batch=48,
 )
-STANDARD = dataclasses.replace(SMOKE, hidden=384, batch=96, updates=200)
+STANDARD = dataclasses.replace(SMOKE, hidden=384, batch=96)
 STUDY = Study(
     about="a larger LSTM, batch and parameters split over devices: same as on one",
     tiers={

@@ -136,7 +136,8 @@ def verdict(rows: Rows) -> list[str]:
         f"{arm} {outcomes.effect(clip.runs, none.runs, 'test_error')}: accuracy "
         f"{_accuracy(clip.runs)} at learning rate {outcomes.rate(clip.lr, rows)}, "
         f"where it clips {outcomes.clipped(clip.runs)} of the updates; without a clip "
-        f"{_accuracy(none.runs)} at {outcomes.rate(none.lr, rows)}"
+        f"{_accuracy(none.runs)} at {outcomes.rate(none.lr, rows)}; the gap, seed by "
+        f"seed, is {outcomes.gap(clip.runs, none.runs, 'test_error'):.3f}"
         for arm, clip in found.items()
     ]
 

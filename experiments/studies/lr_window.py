@@ -330,13 +330,20 @@ def _compare(arm: str, clip: Found, none: Found) -> list[str]:
         f"p = {stats.mcnemar(wider, narrower):.1g}{_at_most(clip, none)}",
         f"at its best learning rate {arm} {effect}: loss {_at_best(clip)}, where it "
         f"clips {outcomes.clipped(clip.tuned.runs)} of the updates; none "
-        f"{_at_best(none)}",
+        f"{_at_best(none)}; the gap, seed by seed, is {_gap(clip, none):.3g}",
     ]
 
 
 def _at_best(found: Found) -> str:
     lr, runs = found.tuned
     return f"{_loss(runs):.3g} at {outcomes.rate(lr, found.runs)}"
+
+
+def _gap(clip: Found, none: Found) -> stats.Spread:
+    """Returns the gap at the best learning rates, in the unit shown."""
+    _, per_nat = UNITS[clip.runs[0]["task"]]
+    gap = outcomes.gap(clip.tuned.runs, none.tuned.runs, "final_loss")
+    return stats.Spread(*(per_nat * x for x in gap))
 
 
 def _at_most(clip: Found, none: Found) -> str:

@@ -136,7 +136,7 @@ def run(
         for row in outcomes.rows(config.experiment, grid, seeds, config.updates, curves)
     ]
     for row in trained:
-        row |= {"unit": data_set.unit, "failed": not row["valid_loss"] <= weakest}
+        row.update(unit=data_set.unit, failed=not row["valid_loss"] <= weakest)
     shown = {name: curves[name] for name in ("grad_norm", "clipped")}
     return counting + trained, {
         "valid_loss": curves["test_loss"] * data_set.per_nat,
@@ -267,8 +267,7 @@ def verdict(rows: Rows) -> list[str]:
 
 
 def _gap(clip: Found, none: Found) -> stats.Spread:
-    gaps = outcomes.gaps(clip.tuned.runs, none.tuned.runs, "test_loss")
-    return outcomes.typical_gap(gaps)
+    return outcomes.gap(clip.tuned.runs, none.tuned.runs, "test_loss")
 
 
 def _at_best(found: Found) -> str:

@@ -74,8 +74,6 @@ FEWEST = 8
 # The search for the line: logits of the share of L1 |grad f| in it, at the median of
 # |grad f|; candidates at a time; times that it goes on around the best one.
 LOGIT, CANDIDATES, ZOOMS = 22.0, 111, 4
-# Runs with an interval of 95 % for their median: 2 / 2^6 < 5 %.
-FEWEST_SEEDS = 6
 TABLE_CAPTION = (
     "Medians over seeds; intervals have 95 % (with fewer than 6 seeds: ranges). Loss: "
     "on the windows on which all is measured, at the last point. "
@@ -313,7 +311,7 @@ def _follow(
     runs = devices.spread(arm.size)
     placed = runs.place(jax.tree.map(lambda knob: np.asarray(knob)[arm], knobs))
     seeds = config.seed + np.arange(config.seeds)
-    starts = train.start_all(setup.model, runs, task, seeds)
+    starts = train.start_all(setup.model, runs.whole, task, seeds)
 
     def begin() -> tuple[train.State, Records]:
         places = runs.place(seed)
@@ -452,8 +450,8 @@ def verdict(rows: Rows) -> list[str]:
 
 def _claim(runs: Rows) -> str:
     """Says what becomes of what Zhang et al. found."""
-    if len(runs) < FEWEST_SEEDS:
-        return f"no verdict from fewer than {FEWEST_SEEDS} seeds"
+    if len(runs) < outcomes.FEWEST:
+        return f"no verdict from fewer than {outcomes.FEWEST} seeds"
     _, low, high = _typical(runs, "spearman")
     if high < 0:
         return "smoothness falls with the gradient norm, unlike in Zhang et al."

@@ -91,8 +91,8 @@ TABLE_CAPTION = (
 class ThresholdsConfig(TrainingConfig):
     """Training with fixed thresholds, and with other methods as they come.
 
-    What is not of music by its name is of temporal order. Clips that are the same are
-    run once, however they are written.
+    What is not of music by its name is of temporal order. A clip that is also none or
+    one of the thresholds is run once.
     """
 
     task: tuple[str, ...]

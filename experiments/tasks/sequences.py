@@ -209,9 +209,8 @@ def _choose(
 ) -> jax.Array:
     """Turns numbers in [0, 1) into integers from the first to below another."""
     count = jnp.asarray(above - first, jnp.int32)
-    # Rounded to float32, a number just below 1 may give the count.
-    place = (drawn * count.astype(drawn.dtype)).astype(jnp.int32)
-    return first + jnp.minimum(place, count - 1)
+    # A number below 1 times a count that float32 holds never rounds up to the count.
+    return first + (drawn * count.astype(drawn.dtype)).astype(jnp.int32)
 
 
 def _choose_places(

@@ -78,6 +78,10 @@ def run_rows(*options):
         (["resume", "older"], "config.json is not that of a run."),
         (["resume", "elsewhere"], "was begun with device 3 x abacus, and here it is 8"),
         (
+            ["resume", "wider"],
+            "here it is 8 x cpu. To go on, pass --devices 16. To run",
+        ),
+        (
             ["resume", "changed"],
             "was begun with data other data, and here it is starts",
         ),
@@ -112,6 +116,7 @@ def test_what_cannot_be_done_ends_with_one_line_and_code_2(
         "older": {"config": whole["config"]},
         "other": whole | {"config": whole["config"] | {"size": 3}},
         "elsewhere": whole | {"device": "3 x abacus"},
+        "wider": whole | {"device": "16 x cpu"},
         "changed": whole | {"data": "other data"},
     }
     for name, about in abouts.items():

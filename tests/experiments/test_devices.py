@@ -115,6 +115,7 @@ def test_two_processes_give_the_results_of_one_with_as_many_devices(tmp_path):
         about = json.loads((directory / "config.json").read_text())
         lines = (directory / "results.jsonl").read_text().splitlines()
         rows = [json.loads(line) | {"seconds": None} for line in lines]
+        assert about["command"].endswith(" --devices 4")
         return about["device"], about["processes"], rows
 
     (*alone, rows), (*together, same) = found("alone"), found("together")

@@ -47,10 +47,10 @@ def test_the_verdict_follows_from_the_seeds_one_by_one(accuracies, found):
     clip = rows_of("clip:1", 0.1, accuracies)
     (line,) = image_rows.verdict([*none, *clip])
     assert line.startswith(f"clip:1 {found}: accuracy")
-    assert line.endswith(
+    assert (
         "at learning rate 0.1, where it clips 25% of the updates; without a clip "
-        "0.600 [0.500, 0.700] at 0.1"
-    )
+        "0.600 [0.500, 0.700] at 0.1; the gap, seed by seed, is "
+    ) in line
     assert image_rows.verdict(clip) == []
 
 
@@ -61,16 +61,19 @@ def test_each_arm_is_compared_at_its_own_best_learning_rate():
     (line,) = image_rows.verdict([*narrow, *wide])
     assert line.startswith("clip:1 makes no clear difference: accuracy 0.900")
     assert "at learning rate 0.1 (the smallest tried), where" in line
-    assert line.endswith("without a clip 0.900 [0.900, 0.900] at 1 (the largest tried)")
+    assert "without a clip 0.900 [0.900, 0.900] at 1 (the largest tried);" in line
 
 
 def test_the_learning_rate_is_chosen_on_validation_images():
     first, second = (rows_of("none", lr, (0.9,) * 8) for lr in (0.1, 1.0))
     for row in first:
         row["valid_error"] = 0.5
-    clip = rows_of("clip:1", 1.0, (0.9,) * 8)
+    clip = [*rows_of("clip:1", 0.1, (0.8,) * 8), *rows_of("clip:1", 1.0, (0.8,) * 8)]
     (line,) = image_rows.verdict([*first, *second, *clip])
-    assert line.endswith("without a clip 0.900 [0.900, 0.900] at 1 (the largest tried)")
+    assert line.endswith(
+        "without a clip 0.900 [0.900, 0.900] at 1 (the largest tried); the gap, seed "
+        "by seed, is -0.100 [-0.100, -0.100]"
+    )
 
 
 def test_the_learning_rate_is_chosen_on_seeds_that_are_not_reported():

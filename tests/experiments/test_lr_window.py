@@ -221,10 +221,10 @@ def test_the_verdict_compares_each_at_its_best_rate_on_seeds_that_did_not_choose
     clip = rows_of(CLIP, {0.1: [0.01] * 2 + list(losses), 1.0: 1.9})
     line = lr_window.verdict([*none, *clip])[1]
     assert f": at its best learning rate {CLIP} {found}: loss" in line
-    assert line.endswith(
+    assert (
         "at 0.1 (the smallest tried), where it clips 25% of the updates; none "
-        "0.11 [0.1, 0.12] at 1 (the largest tried)"
-    )
+        "0.11 [0.1, 0.12] at 1 (the largest tried); the gap, seed by seed, is "
+    ) in line
 
 
 def test_losses_of_a_text_are_shown_in_bits():

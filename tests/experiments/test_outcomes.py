@@ -112,10 +112,18 @@ def test_gaps_pair_runs_by_seed_and_put_what_is_not_finite_last():
     assert outcomes.gaps(clip, none, "loss") == [0.0, 0.0, -INF, INF, 0.5]
 
 
-def test_the_middle_of_gaps_is_one_of_them():
-    assert outcomes.typical_gap([INF] * 3 + [-INF] * 3) == (-INF, -INF, INF)
-    assert outcomes.typical_gap([0.3, 0.1, 0.2]) == (0.2, 0.1, 0.3)
-    assert outcomes.typical_gap([0.4, 0.1, 0.3, 0.2]) == (0.2, 0.1, 0.4)
+@pytest.mark.parametrize(
+    ("gaps", "found"),
+    [
+        ([INF] * 3 + [-INF] * 3, (-INF, -INF, INF)),
+        ([0.3, 0.1, 0.2], (0.2, 0.1, 0.3)),
+        ([0.4, 0.1, 0.3, 0.2], (0.2, 0.1, 0.4)),
+    ],
+)
+def test_the_middle_of_gaps_is_one_of_them(gaps, found):
+    none = rows_of(1.0, [max(gap, 0.0) for gap in gaps])
+    clip = rows_of(1.0, [max(-gap, 0.0) for gap in gaps])
+    assert outcomes.gap(clip, none, "loss") == found
 
 
 @pytest.mark.parametrize(

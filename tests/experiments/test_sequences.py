@@ -153,6 +153,13 @@ def test_places_move_with_the_length_of_the_batch(name, begins, widths):
             assert (place_B < first + int(length * width)).all()
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 98, 1000, 4097, 2**23 - 1])
+def test_the_largest_number_below_1_gives_the_last_of_the_integers(count):
+    below = np.nextafter(np.float32(1), np.float32(0))
+    assert sequences._choose(below, 5, 5 + count) == 5 + count - 1
+    assert sequences._choose(np.float32(0), 5, 5 + count) == 5
+
+
 @pytest.mark.parametrize("count", [1, 3, 4, 5, 6])
 def test_tenths_of_integers_are_those_of_floats_rounded_down(count):
     for length in range(1001):
@@ -359,6 +366,7 @@ def test_a_perfect_model_is_never_wrong_and_a_constant_one_by_chance(
 )
 def test_models_are_judged_on_the_examples_in_blocks(examples, block):
     task = sequences.make("torder", 10, examples)
+    assert task.blocks == examples // block
 
     def answer(x, at):
         assert x.shape == (block, 10, 6)

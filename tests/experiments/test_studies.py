@@ -70,6 +70,7 @@ RUNS = {
 
 def test_every_experiment_is_run_here():
     assert RUNS.keys() == STUDIES.keys()
+    assert FINDINGS.keys() < RUNS.keys()
 
 
 def start(name, directory, options):
@@ -195,7 +196,7 @@ def test_a_run_that_was_stopped_is_resumed_bit_for_bit(tmp_path, monkeypatch, ca
             start(name, stopped, options)
     assert ended.value.code == 130
     told = capsys.readouterr().err.splitlines()[-1]
-    assert told.endswith(f"python -m experiments resume {stopped}")
+    assert told.endswith(f"python -m experiments resume {stopped} --devices 8")
     main(["resume", str(stopped)])
     expected, resumed = results.load(whole), results.load(stopped)
     assert len(expected.rows) == 15

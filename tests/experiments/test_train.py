@@ -120,7 +120,7 @@ def test_the_grid_is_the_same_on_one_device(found, found_alone):
 def test_kernels_are_made_one_by_one(task):
     """A batch of matrices would wait for threads that may be waiting for it."""
     lstm = Recurrent("lstm", hidden=8, outputs=10)
-    lowered = train.start_all.lower(lstm, devices.spread(3), task, SEEDS)
+    lowered = train.start_all.lower(lstm, devices.spread(3).whole, task, SEEDS)
     program = lowered.compile().as_text()
     kernels = re.findall(r"= \(?f32(\S+)\{.* custom_call_target=\"lapack", program)
     assert kernels == ["[8,8]"] * 2 * 4
