@@ -23,8 +23,9 @@ def clipped_norm(tx, leaves):
 
 def test_many_bf16_leaves_are_clipped_to_the_bound():
     rng = np.random.default_rng(0)
-    leaves = [jnp.asarray(rng.normal(size=20) * 0.1, jnp.bfloat16) for _ in range(5000)]
-    assert norm([np.asarray(x, np.float64) for x in leaves]) > 10
+    # A sum of their squares in bfloat16 stops growing at 256.
+    leaves = [jnp.asarray(rng.normal(size=100), jnp.bfloat16) for _ in range(500)]
+    assert norm([np.asarray(x, np.float64) for x in leaves]) > 200
     got = clipped_norm(optaxclip.clip_by_global_norm(1.0), leaves)
     np.testing.assert_allclose(got, 1.0, rtol=1e-3)
 

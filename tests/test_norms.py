@@ -136,7 +136,7 @@ def test_hessian_of_the_euclidean_norm():
     np.testing.assert_allclose(jax.hessian(norms.tree_norm)(x), want, rtol=1e-6)
 
 
-@pytest.mark.parametrize("count", [1, 127, 128, 129, 300, 5000])
+@pytest.mark.parametrize("count", [1, 127, 128, 129, 300, 1500])
 def test_any_number_of_leaves(count):
     leaves = [np.float32(i + 1) for i in range(count)]
     want = math.sqrt(sum((i + 1) ** 2 for i in range(count)))

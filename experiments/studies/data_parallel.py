@@ -421,10 +421,15 @@ SMOKE = DataParallelConfig(
     experiment="data_parallel",
     hidden=192,
     lr=(0.002,),
-    clip=("clip_by_global_norm:0.3", "autoclip", "adaptive_grad_clip:0.01"),
+    clip=("clip_by_global_norm:0.3",),
     batch=48,
 )
-STANDARD = dataclasses.replace(SMOKE, hidden=384, batch=96)
+STANDARD = dataclasses.replace(
+    SMOKE,
+    hidden=384,
+    clip=("clip_by_global_norm:0.3", "autoclip", "adaptive_grad_clip:0.01"),
+    batch=96,
+)
 STUDY = Study(
     about="a larger LSTM, batch and parameters split over devices: same as on one",
     tiers={

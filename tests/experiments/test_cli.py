@@ -1,4 +1,7 @@
 import json
+import re
+import shlex
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -218,3 +221,25 @@ def test_the_stored_command_repeats_the_run(worked, tmp_path):
     (_, config, *_), (_, again, *_) = worked
     assert config == again
     assert config.clip == ("none", "autoclip:10,window=5")
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def commands():
+    """Returns the words of every command that README and docs tell the reader."""
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        text = page.read_text().replace("\\\n", "")
+        for line in re.findall(r"^    python -m experiments (.*)$", text, re.MULTILINE):
+            words = shlex.split(line, comments=True)
+            yield page.name, [word for word in words if word != "&"]
+
+
+def test_every_command_in_the_documentation_is_understood():
+    told = list(commands())
+    assert {page for page, _ in told} >= {"README.md", "results.md"}
+    assert len(told) > 20
+    for _, words in told:
+        cli._read(words)
+    with pytest.raises(SystemExit):
+        cli._read(["run", "temporal_order", "--lenght", "30"])
