@@ -605,12 +605,10 @@ SMOKE = ThresholdsConfig(
 )
 STANDARD = dataclasses.replace(
     SMOKE,
-    task=("torder", "music"),
     threshold=(0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0),
     clip=METHODS,
-    updates=1000,
-    music_updates=100,
-    checks=6,
+    updates=1200,
+    music_updates=120,
 )
 STUDY = Study(
     about="fixed thresholds, a rule of thumb for them, and all methods as they come",
@@ -619,6 +617,7 @@ STUDY = Study(
         "standard": STANDARD,
         "full": dataclasses.replace(
             STANDARD,
+            task=("torder", "music"),
             lr=(0.03, 0.1, 0.3),
             music_lr=(0.3, 1.0, 3.0),
             seeds=50,
