@@ -1,4 +1,4 @@
-"""The command line: `python -m benchmarks list | run [NAME ...] [--json FILE]`."""
+"""The command line: `python -m benchmarks list | run [NAME ...] | compile`."""
 
 import argparse
 import dataclasses
@@ -15,7 +15,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import gates, measure, timed
+from benchmarks import compiled, gates, measure, timed
 from benchmarks.measure import Figure
 
 CASES = gates.CASES | timed.CASES
@@ -29,6 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
     if args.command == "list":
         console.print(_list())
+        return 0
+    if args.command == "compile":
+        compiled.run(args, console)
         return 0
     rows: list[dict[str, Any]] = []
     machine = measure.machine()
@@ -65,7 +68,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "names", nargs="*", metavar="NAME", help="cases; none: all but the slow ones"
     )
     run.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
+    compiler = commands.add_parser(
+        "compile", help="show what a compiler makes of clips"
+    )
+    compiled.add_options(compiler)
     args = parser.parse_args(argv)
+    if args.command == "compile":
+        compiled.check(compiler, args)
     if args.command == "run":
         unknown = [name for name in args.names if name not in CASES]
         if unknown:

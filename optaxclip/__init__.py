@@ -44,7 +44,7 @@ from optaxclip.recipes import (
     normalize_by_trust_ratio,
     unitwise_clip,
 )
-from optaxclip.records import Record, records
+from optaxclip.records import Record, by_name, records
 from optaxclip.wrappers import check_finite, skip_steps, zero_nonfinite
 
 __version__ = "0.1.0"
@@ -62,6 +62,7 @@ __all__ = [
     "autoclip",
     "axes",
     "bounds",
+    "by_name",
     "check_finite",
     "clip",
     "clip_by",

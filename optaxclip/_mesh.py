@@ -14,28 +14,17 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
-from optaxclip import _trees
+from optaxclip import _cells, _compat, _trees
 
 PyTree = Any
 # Whether the cells of a device are all there are, as axis_name=() says.
 _each_for_itself = contextvars.ContextVar("each_for_itself", default=False)
 # None (automatic), a name, a tuple of names, or a prefix tree of PartitionSpecs.
 AxisName = Any
-
-
-class Layout(NamedTuple):
-    """How the cells of some arrays lie on the manual mesh axes. Hashable.
-
-    Attributes:
-      over: for each array, the axes that every cell of it is split over.
-      beside: the axes along which other devices hold other cells.
-    """
-
-    over: tuple[tuple[str, ...], ...]
-    beside: tuple[str, ...]
+# For each array, the mesh axes that every cell of it is split over.
+Over = tuple[tuple[str, ...], ...]
 
 
 class _Split(NamedTuple):
@@ -62,8 +51,7 @@ def check_axis_name(axis_name: AxisName, who: str) -> AxisName:
 def varying(x: Any) -> frozenset[str]:
     """The manual axes that an array, or its description, is known to vary over."""
     described = isinstance(x, jax.ShapeDtypeStruct)
-    kind = (x if described else jax.typeof(x)).manual_axis_type
-    return frozenset() if kind is None else frozenset(kind.varying)
+    return _compat.varying(x if described else jax.typeof(x))
 
 
 def tracked() -> bool:
@@ -98,16 +86,16 @@ def bounding(axis_name: AxisName) -> Iterator[None]:
 def of_cells(magnitudes: PyTree, who: str) -> AxisName:
     """What names the mesh axes if the cells themselves are to be put together.
 
-    A scalar is a whole cell; an array of cells may be one device's part of them.
+    Cells of whole arrays are on every device; those of elements and units may be one
+    device's part of them.
 
     Raises:
-      ValueError: if nothing says how an array of cells is split.
+      ValueError: if nothing says how cells of elements or units are split.
     """
-    parts = [(path, m) for path, m in _trees.named(magnitudes) if m.ndim]
-    if not parts or _each_for_itself.get():
+    if _cells.are_whole(magnitudes) or _each_for_itself.get():
         return ()
     if _manual() and not tracked():
-        path, magnitude = parts[0]
+        path, magnitude = _cells.named(magnitudes)[0]
         raise ValueError(
             f"{who}: cells of elements or units must not be put together where types "
             f"do not tell how they are split, got {path} of shape {magnitude.shape}. "
@@ -129,7 +117,7 @@ def aligned(updates: PyTree, params: PyTree, who: str) -> PyTree:
     """
     part = _trees.counted(updates)
     for i, u in enumerate(part.arrays):
-        if waiting := _unreduced(u):
+        if waiting := _compat.unreduced(jax.typeof(u)):
             raise ValueError(
                 f"{who}: updates must be reduced, got partial sums over "
                 f"{_listed(waiting)} at {part.path(i)}. Reduce them before clipping, "
@@ -160,7 +148,7 @@ def aligned(updates: PyTree, params: PyTree, who: str) -> PyTree:
 def varying_over(x: jax.Array, names: frozenset[str]) -> jax.Array:
     """The same values as a type that also varies over some axes."""
     more = tuple(sorted(names - varying(x)))
-    return lax.pcast(x, more, to="varying") if more else x
+    return _compat.vary(x, more) if more else x
 
 
 def varying_like(tree: PyTree, magnitudes: PyTree) -> PyTree:
@@ -168,8 +156,8 @@ def varying_like(tree: PyTree, magnitudes: PyTree) -> PyTree:
 
     They vary if every device measures for itself, and so does what is decided by them.
     """
-    own = _each_for_itself.get()
-    cells = [m for m in jax.tree.leaves(magnitudes) if own or not m.ndim]
+    own = _cells.are_whole(magnitudes) or _each_for_itself.get()
+    cells = jax.tree.leaves(magnitudes) if own else []
     names = frozenset().union(*map(varying, cells))
     return jax.tree.map(lambda x: varying_over(x, names), tree) if names else tree
 
@@ -185,12 +173,6 @@ def barrier(arrays: Sequence[jax.Array]) -> list[jax.Array]:
     return new
 
 
-def alone(arrays: Sequence[jax.Array], layout: Layout) -> frozenset[str]:
-    """The axes along which devices have arrays of their own, which are no parts."""
-    own = (varying(x) - set(over) for x, over in zip(arrays, layout.over, strict=True))
-    return frozenset().union(*own) - set(layout.beside)
-
-
 def full(like: Any, value: Any) -> jax.Array:
     """An array of one value: shape, dtype, sharding and varying axes as described."""
     array = lax.full(like.shape, value, like.dtype, sharding=like.sharding)
@@ -202,7 +184,7 @@ def layout(
     axis_name: AxisName,
     who: str,
     axes: Sequence[tuple[int, ...]] | None = None,
-) -> Layout:
+) -> Over:
     """Finds the mesh axes that norms of arrays have to be summed over.
 
     Args:
@@ -215,7 +197,7 @@ def layout(
       ValueError: if it is not known how a leaf is split, if what is given does not
         exist or disagrees with the type of a leaf.
     """
-    over, beside = [], set()
+    over = []
     for i, split in enumerate(_splits(part, axis_name, who)):
         rank = part.arrays[i].ndim
         reduced = range(rank) if axes is None else axes[i]
@@ -231,8 +213,7 @@ def layout(
         else:
             own = frozenset(n for d in reduced for n in split.by_dimension[d])
         over.append(tuple(sorted(own)))
-        beside |= split.names - own
-    return Layout(tuple(over), tuple(sorted(beside)))
+    return tuple(over)
 
 
 def whole(part: _trees.Counted, axis_name: AxisName, who: str) -> list[Any]:
@@ -260,62 +241,30 @@ def size(names: Iterable[str]) -> int:
     return math.prod(map(lax.axis_size, names))
 
 
-def joined(
-    values: Sequence[jax.Array],
-    layout: Layout,
-    groups: Sequence[Sequence[int]],
-    combine: Callable[[list[jax.Array]], jax.Array],
-    across: Callable[[list[jax.Array], tuple[str, ...]], list[jax.Array]],
-) -> list[jax.Array]:
-    """Combines the values of the arrays of each group, of all devices.
+def of_all(
+    collective: Callable, values: jax.Array, cells: jax.Array, whole: bool
+) -> jax.Array:
+    """Combines what was found in some cells with what other devices found in theirs.
 
     Args:
-      values: one for each array, of this device's part.
-      layout: how the arrays are split.
-      groups: positions of the arrays that belong together.
-      combine: the values of some arrays to one.
-      across: the same for the devices along mesh axes, a collective such as `psum`. It
-        is called once for each set of axes.
+      collective: `lax.psum`, `lax.pmin` or `lax.pmax`.
+      values: what was found.
+      cells: the cells it was found in.
+      whole: whether these are cells of whole arrays, which every device has.
     """
-    found: list[list[jax.Array]] = [[] for _ in groups]
-    for names in sorted(set(layout.over)):
-        alike = [[i for i in group if layout.over[i] == names] for group in groups]
-        places = [g for g, members in enumerate(alike) if members]
-        parts = [combine([values[i] for i in alike[g]]) for g in places]
-        if names and parts:
-            parts = across(parts, names)
-        for g, part in zip(places, parts, strict=True):
-            found[g].append(part)
-    return [combine(parts) for parts in found]
+    names = _axes_of_cells(cells, whole)
+    return collective(values, names) if names else values
 
 
-def total(flags: jax.Array) -> jax.Array:
-    """How many flags of an array of cells are true on all devices, as a float."""
-    return _across(lax.psum, jnp.sum(flags, dtype=jnp.float32), flags)
+def count(cells: jax.Array, whole: bool) -> int:
+    """How many cells an array of them has on all devices."""
+    return cells.size * size(_axes_of_cells(cells, whole))
 
 
-def smallest(cells: jax.Array, initial: float) -> jax.Array:
-    """The smallest cell of all devices, or the initial value; NaN where one is NaN."""
-    found = _across(lax.pmin, jnp.min(cells, initial=initial), cells)
-    # A minimum over devices may lose it.
-    lost = total(jnp.isnan(cells)) > 0
-    return jnp.where(lost, jnp.nan, found)
-
-
-def count(cells: jax.Array) -> int:
-    """How many cells an array has on all devices."""
-    return cells.size * size(_axes_of_cells(cells))
-
-
-def _axes_of_cells(cells: jax.Array) -> tuple[str, ...]:
-    # A scalar that varies is what each device measured for itself.
-    alone = not cells.ndim or _each_for_itself.get()
+def _axes_of_cells(cells: jax.Array, whole: bool) -> tuple[str, ...]:
+    # A whole cell that varies is what each device measured for itself.
+    alone = whole or _each_for_itself.get()
     return () if alone else tuple(sorted(varying(cells)))
-
-
-def _across(collective: Callable, found: jax.Array, cells: jax.Array) -> jax.Array:
-    names = _axes_of_cells(cells)
-    return collective(found, names) if names else found
 
 
 def _splits(part: _trees.Counted, axis_name: AxisName, who: str) -> list[_Split]:
@@ -352,10 +301,9 @@ def _given(part: _trees.Counted, axis_name: AxisName, who: str) -> list[_Split]:
         return [_Split(frozenset(_bound(names, who)), None)] * len(part.arrays)
     # Outside of shard_map the compiler follows the shardings that specs describe.
     here = bool(_manual())
-    cells = part.cells(part.arrays)
-    laid = _trees.spread(axis_name, cells, f"{who}: axis_name", is_leaf=_is_spec)
+    laid = _trees.spread(axis_name, part, f"{who}: axis_name", is_leaf=_is_spec)
     given = []
-    for i, (x, spec) in enumerate(zip(part.arrays, part.values(laid), strict=True)):
+    for i, (x, spec) in enumerate(zip(part.arrays, laid, strict=True)):
         if len(spec) > x.ndim:
             raise ValueError(
                 f"{who}: axis_name must have a PartitionSpec no longer than the rank "
@@ -394,14 +342,6 @@ def _bound(names: tuple[str, ...], who: str) -> tuple[str, ...]:
 
 def _manual() -> tuple[str, ...]:
     return tuple(jax.sharding.get_abstract_mesh().manual_axes)
-
-
-def _unreduced(x: jax.Array) -> frozenset[str]:
-    kind = jax.typeof(x)
-    spec = getattr(kind.sharding, "spec", None)
-    return frozenset(kind.manual_axis_type.unreduced) | frozenset(
-        getattr(spec, "unreduced", None) or ()
-    )
 
 
 def _are_names(axis_name: Any) -> bool:

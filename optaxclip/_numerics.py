@@ -22,28 +22,6 @@ def _quotient_jvp(primals, tangents):
     return ratio, quotient(da - ratio * db, b)
 
 
-@jax.custom_jvp
-def rescaled(
-    scaled: jax.Array, u: jax.Array, new: jax.Array, old: jax.Array
-) -> jax.Array:
-    """Returns `scaled`, which is u * new / old however it was computed.
-
-    The derivative `(new / old) du + (u / old) (dnew - (new / old) dold)` never forms
-    `new / old^2`, which leaves float32 for an old below 1e-19.
-    """
-    del u, new, old
-    return scaled
-
-
-@rescaled.defjvp
-def _rescaled_jvp(primals, tangents):
-    _, u, new, old = primals
-    _, du, dnew, dold = tangents
-    factor = quotient(new, old)
-    slope = quotient(u, old) * (dnew - factor * dold)
-    return rescaled(*primals), du * factor + slope
-
-
 def hypot(a: jax.Array, b: jax.Array) -> jax.Array:
     """Returns sqrt(a^2 + b^2) for a, b >= 0, right wherever it is representable.
 

@@ -7,7 +7,7 @@ import jax
 from jax import lax
 from jax.extend.core import Literal
 
-from optaxclip import _trees
+from optaxclip import _compat, _trees
 
 PyTree = Any
 
@@ -70,10 +70,7 @@ def choose_state(
         write(var, value)
     for eqn in jaxpr.eqns:
         arguments = [read(var, chosen) for var in eqn.invars]
-        options = eqn.primitive.get_bind_params(eqn.params)
-        with eqn.ctx.manager:
-            found = eqn.primitive.bind(*arguments, **options)
-        found = found if eqn.primitive.multiple_results else [found]
+        found = _compat.bind(eqn, arguments)
         for var, value in zip(eqn.outvars, found, strict=True):
             write(var, value)
     made = [read(var, chosen) for var in jaxpr.outvars[:count]]

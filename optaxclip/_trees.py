@@ -5,10 +5,12 @@ from typing import Any, NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.extend.core.primitives import convert_element_type_p
 
 PyTree = Any
+Path = tuple[Any, ...]
 
 
 class Counted(NamedTuple):
@@ -26,17 +28,25 @@ class Counted(NamedTuple):
     leaves: list[Any]
     treedef: Any
 
+    def paths(self) -> list[Path]:
+        """The key path of every leaf, those that are not counted too."""
+        return key_paths(self.treedef.unflatten(self.leaves), absent)
+
     def path(self, i: int) -> str:
         """Names the place of an array, as `layer/kernel`."""
-        numbered = self.treedef.unflatten(range(len(self.leaves)))
-        return name(_key_paths(numbered)[self.indices[i]])
+        return name(self.paths()[self.indices[i]])
+
+    def with_arrays(self, arrays: Sequence[Any]) -> PyTree:
+        """Returns the tree with other arrays."""
+        leaves = list(self.leaves)
+        for i, new in zip(self.indices, arrays, strict=True):
+            leaves[i] = new
+        return self.treedef.unflatten(leaves)
 
     def replace(self, arrays: Sequence[jax.Array]) -> PyTree:
         """Returns the tree with other arrays, their dtypes and weak types kept."""
-        leaves = list(self.leaves)
-        for i, old, new in zip(self.indices, self.arrays, arrays, strict=True):
-            leaves[i] = _typed_like(new, old)
-        return self.treedef.unflatten(leaves)
+        pairs = zip(arrays, self.arrays, strict=True)
+        return self.with_arrays([_typed_like(new, old) for new, old in pairs])
 
     def cells(self, values: Sequence[Any]) -> PyTree:
         """Returns the tree of values, without the leaves that are not counted."""
@@ -66,7 +76,7 @@ def counted(tree: PyTree) -> Counted:
     """
     leaves, treedef = jax.tree.flatten(tree, is_leaf=absent)
     indices = [i for i, leaf in enumerate(leaves) if _is_inexact(leaf)]
-    arrays = [jnp.asarray(leaves[i]) for i in indices]
+    arrays = [_as_array(leaves[i]) for i in indices]
     return Counted(arrays, indices, leaves, treedef)
 
 
@@ -87,12 +97,6 @@ def widened(dtype: Any, real: Any) -> jnp.dtype:
     if not jnp.issubdtype(dtype, jnp.complexfloating):
         return jnp.dtype(real)
     return jnp.dtype(jnp.complex128 if jnp.finfo(real).bits > 32 else jnp.complex64)
-
-
-def only_counted(tree: PyTree) -> PyTree:
-    """Returns the tree without the leaves that do not count: `None` for each."""
-    part_of = lambda leaf: leaf if absent(leaf) or _is_inexact(leaf) else None
-    return jax.tree.map(part_of, tree, is_leaf=absent)
 
 
 def named(tree: PyTree) -> list[tuple[str, Any]]:
@@ -139,52 +143,48 @@ def align(params: PyTree, updates: PyTree, who: str) -> PyTree:
     return part.cells(aligned)
 
 
-def spread(prefix: PyTree, tree: PyTree, who: str, is_leaf: Callable | None = None):
-    """Lays a prefix tree over a tree: every leaf of the tree gets the value above it.
+def spread(
+    prefix: PyTree, part: Counted, who: str, is_leaf: Callable | None = None
+) -> list[Any]:
+    """Lays a prefix tree over a tree: the value above each of its arrays.
 
     Raises:
-      ValueError: if a leaf of the tree has no value above it, or a value covers a
-        place that does not exist; the message names the first such place.
+      ValueError: if an array has no value above it, or a value covers a place that does
+        not exist; the message names the first such place.
     """
-    if not jax.tree.leaves(tree):
-        return tree
-    try:
-        return jax.tree.map(
-            lambda value, part: jax.tree.map(lambda _: value, part),
-            prefix,
-            tree,
-            is_leaf=is_leaf,
-        )
-    except (ValueError, TypeError):
-        pass
+    flat, _ = jax.tree_util.tree_flatten_with_path(prefix, is_leaf)
+    places = part.paths()
+    return spread_over(dict(flat), [places[i] for i in part.indices], places, who)
+
+
+def spread_over(
+    values: dict[Path, Any], paths: Sequence[Path], places: Sequence[Path], who: str
+) -> list[Any]:
+    """The same for values by path, the paths of arrays, and those of all places."""
     function, argument = who.split(": ")
-    have = _key_paths(prefix, is_leaf)
-    want = _key_paths(tree)
-    for path in want:
-        if not any(path[: len(p)] == p for p in have):
+    found = []
+    for path in paths:
+        above = [path[:n] for n in range(len(path) + 1) if path[:n] in values]
+        if not above:
             raise ValueError(
                 f"{function}: {argument} has no value for {name(path)}, got values for "
-                f"{', '.join(map(name, have)) or 'nothing'}. Add one for it or for a "
+                f"{', '.join(map(name, values)) or 'nothing'}. Add one for it or for a "
                 "branch above it, or pass one value for all."
             )
-    places = _key_paths(tree, absent)
-    for path in have:
-        if not any(path == p[: len(path)] for p in places):
+        found.append(values[above[0]])
+    for path in values if paths else ():
+        if not any(path == place[: len(path)] for place in places):
             raise ValueError(
                 f"{function}: {argument} has a value for {name(path)}, which does not "
-                f"exist; there are {', '.join(map(name, want)) or 'no leaves'}. Remove "
-                "it or correct its name."
+                f"exist; there are {', '.join(map(name, paths)) or 'no leaves'}. "
+                "Remove it or correct its name."
             )
-    raise ValueError(
-        f"{function}: {argument} must be one value or a prefix of the tree, got "
-        f"{jax.tree.structure(prefix)} for {jax.tree.structure(tree)}. Use the same "
-        "containers as the tree."
-    )
+    return found
 
 
 def first_difference(want: PyTree, have: PyTree, a: str, b: str) -> str:
     """Says where two trees differ; their leaves are called a and b."""
-    wanted, had = _key_paths(want), _key_paths(have)
+    wanted, had = key_paths(want), key_paths(have)
     for path in wanted:
         if path not in had:
             return f"got no {b} at {name(path)}"
@@ -205,6 +205,12 @@ def _is_inexact(leaf: Any) -> bool:
     return jnp.issubdtype(leaf.dtype, jnp.inexact)
 
 
+def _as_array(leaf: Any) -> Any:
+    """An array of a number or a NumPy array; what only has a shape stays as it is."""
+    known = isinstance(leaf, float | complex | np.ndarray | np.generic)
+    return jnp.asarray(leaf) if known else leaf
+
+
 def _typed_like(new: jax.Array, old: jax.Array) -> jax.Array:
     new = new.astype(old.dtype)
     if jax.typeof(old).weak_type and not jax.typeof(new).weak_type:
@@ -215,5 +221,6 @@ def _typed_like(new: jax.Array, old: jax.Array) -> jax.Array:
     return new
 
 
-def _key_paths(tree: PyTree, is_leaf: Callable | None = None) -> list[tuple]:
+def key_paths(tree: PyTree, is_leaf: Callable | None = None) -> list[Path]:
+    """The key path of every leaf."""
     return [p for p, _ in jax.tree_util.tree_flatten_with_path(tree, is_leaf)[0]]

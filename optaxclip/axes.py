@@ -246,13 +246,13 @@ def resolve(axis: Any, tree: Any, who: str) -> list[tuple[int, ...]]:
       TypeError: if an axis is not a static int.
       ValueError: if one is out of range or repeated, or the prefix does not fit.
     """
-    leaves = _trees.named(tree)
+    part = _trees.counted(tree)
+    names = [_trees.name(path) for path in part.paths()]
+    leaves = [(names[i], leaf) for i, leaf in zip(part.indices, part.arrays)]
     if _is_axes(axis):
         specs = [axis] * len(leaves)
     else:
-        cells = _trees.only_counted(tree)
-        laid = _trees.spread(axis, cells, who, is_leaf=_is_axes)
-        specs = jax.tree.structure(cells).flatten_up_to(laid)
+        specs = _trees.spread(axis, part, who, is_leaf=_is_axes)
     return [
         _of_leaf(spec, path, leaf, who)
         for spec, (path, leaf) in zip(specs, leaves, strict=True)

@@ -65,11 +65,12 @@ def clippy(
         del extra_args
         part = _trees.counted(_mesh.aligned(updates, params, "clippy"))
         own = part.values(_trees.align(params, updates, "clippy"))
-        layout = _mesh.layout(part, axis_name, "clippy")
+        over = _mesh.layout(part, axis_name, "clippy")
+        each, count = range(len(part.arrays)), len(part.arrays)
         pairs = list(zip(part.arrays, map(jnp.asarray, own), strict=True))
         shares = [_share_of_reach(u, w, ratio, absolute) for u, w in pairs]
-        farthest = norms.measure(shares, layout, ord=math.inf)
-        largest = norms.measure(part.arrays, layout, ord=math.inf)
+        farthest = norms.measure(shares, over, each, count, math.inf)
+        largest = norms.measure(part.arrays, over, each, count, math.inf)
         free = jnp.maximum(ratio, absolute) == jnp.inf
         new = [
             _slowed(*sizes, free)
@@ -242,8 +243,9 @@ def scale_by_stable_adam(
             usual = jnp.maximum(usual, jnp.asarray(eps).astype(real))
             usual = jnp.where(usual == 0, 1, usual)
             surprise.append(quotient(jnp.abs(u).astype(real), usual))
-        layout = _mesh.layout(part, axis_name, "scale_by_stable_adam")
-        sizes = norms.measure(surprise, layout, ord="rms")
+        over = _mesh.layout(part, axis_name, "scale_by_stable_adam")
+        each, count = range(len(surprise)), len(surprise)
+        sizes = norms.measure(surprise, over, each, count, "rms")
         calmed = [
             (s / jnp.maximum(size, 1).astype(s.dtype)).astype(u.dtype)
             for u, s, size in zip(part.arrays, part.values(scaled), sizes, strict=True)

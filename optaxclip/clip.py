@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import overload
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from optaxclip import _mesh, bounds, shapes
@@ -104,15 +103,8 @@ def clip_by(
         own = lambda who: scope.own(params, updates, axis_name, who)
         with _mesh.bounding(axis_name):
             limits, learn = bound.limit(state, seen, own)
-            kept = jax.tree.map(lambda m, c: _new_magnitude(shape, m, c), seen, limits)
-            state = learn(kept)
-        alone = jax.tree.map(
-            lambda m, c, k: ((k == m) & (m < jnp.inf)) | (c == jnp.inf),
-            seen,
-            limits,
-            kept,
-        )
-        return rebuild(kept, alone), state
+            updates, kept = rebuild.bent(shape, limits)
+            return updates, learn(kept)
 
     clip = Clip(init, update)
     clip.scope, clip.bound, clip.shape, clip.axis_name = scope, bound, shape, axis_name
@@ -215,9 +207,3 @@ def recorded(clip):
             "another gradient transformation. Record the clip inside of it."
         )
     return bounds.recorded(clip)
-
-
-def _new_magnitude(shape: Shape, magnitude: jax.Array, limit: jax.Array) -> jax.Array:
-    unlimited = limit == jnp.inf
-    finite = jnp.where(unlimited, jnp.ones_like(limit), limit)
-    return jnp.where(unlimited, magnitude, shape(magnitude, finite))

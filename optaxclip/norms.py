@@ -1,38 +1,30 @@
 """Norms of arrays and trees that neither overflow, underflow nor lose bits.
 
-Every norm of the library is measured here, by one function over three static choices:
-which axes of each array are reduced, which arrays share one norm, and the order.
+Every norm of the library is measured here: of cells of whole arrays, side by side in
+one vector, or of the units of each array.
 
 * Sums are taken in float32 or wider (float64 if an array is float64), whatever the
   dtype of the leaves, and are never cast down.
-* The Euclidean norm is right wherever it is representable. The squares are summed once;
-  only if the sum leaves the range in which no square can have overflowed or vanished
-  is the same loop run again on values scaled by a power of two. The loop body is
-  compiled once, and in the normal range runs once: one read of the updates.
+* The Euclidean norm is right wherever it is representable, in one read of the updates
+  and without a loop; in which form depends on the platform (`optaxclip._forms`).
 * Derivatives are those of the norm, `d|x| = Re(x̄ dx)/|x|`, and 0 at `x = 0`.
 """
 
 import functools
 import math
 import numbers
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-from optaxclip import _mesh, _trees
+from optaxclip import _forms, _mesh, _trees
 from optaxclip import axes as axes_
 from optaxclip._numerics import quotient
-
-# Larger arrays are summed without a scale in the first pass, for the multiplication by
-# it costs XLA:CPU a third more, and have a scale of their own in the others, for it
-# writes out the broadcast of a scalar that arrays of one shape share.
-_SMALL = 2**14
-# So many scalars are added in one kernel. XLA:CPU's fusion takes cubic time in the
-# number of reductions that feed one sum (58 s instead of 4 s for 3,000 leaves).
-_FAN_IN = 128
+from optaxclip._tiles import by_cell
 
 
 def tree_norm(
@@ -64,8 +56,8 @@ def tree_norm(
     """
     part = _trees.counted(_mesh.aligned(tree, None, "norms.tree_norm"))
     ord = check_ord(ord, "norms.tree_norm")
-    split = _mesh.layout(part, axis_name, "norms.tree_norm")
-    return measure(part.arrays, split, groups=[range(len(part.arrays))], ord=ord)[0]
+    over = _mesh.layout(part, axis_name, "norms.tree_norm")
+    return measure(part.arrays, over, [0] * len(part.arrays), 1, ord)[0]
 
 
 def unitwise_norm(
@@ -106,8 +98,8 @@ def unitwise_norm(
     part = _trees.counted(_mesh.aligned(x, None, "unitwise_norm"))
     (described,) = _mesh.whole(part, axis_name, "unitwise_norm")
     reduced = axes_.resolve(axis, described, "unitwise_norm: axis")
-    split = _mesh.layout(part, axis_name, "unitwise_norm", reduced)
-    (norm,) = measure(part.arrays, split, axes=reduced)
+    over = _mesh.layout(part, axis_name, "unitwise_norm", reduced)
+    (norm,) = measure_units(part.arrays, over, reduced)
     return norm + jnp.zeros_like(x, dtype=norm.dtype)
 
 
@@ -129,269 +121,283 @@ def check_ord(ord: Any, who: str) -> float | str:
     return float(ord)
 
 
+class Whole(NamedTuple):
+    """Cells of whole arrays, in one vector. Hashable.
+
+    Attributes:
+      over: the mesh axes that each array is split over.
+      owner: the cell of each array.
+      count: how many cells there are.
+    """
+
+    over: _mesh.Over
+    owner: tuple[int, ...]
+    count: int
+
+    def axes(self, i: int) -> None:
+        """The axes of an array that lie in one cell, as of a reduction: all."""
+        del i
+
+    def each(self, cells: jax.Array) -> list[jax.Array]:
+        """The entry of its cell, for every array."""
+        return [cells[i] for i in self.owner]
+
+    def combined(self, values: Sequence[jax.Array], how: "_How") -> jax.Array:
+        """One value for each cell, of one for each array, over all devices."""
+        found = []
+        for members, cells, names in self.kinds(values):
+            some = how.by_cell(_forms.stacked([values[i] for i in members]), cells)
+            found.append(how.across(some, names) if names else some)
+        return functools.reduce(how.two, found)
+
+    def kinds(self, arrays: Sequence[jax.Array]) -> _forms.Kinds:
+        """Arrays that vary alike: members, their cells, the axes to sum over."""
+        alike: dict[Any, list[int]] = {}
+        for i, x in enumerate(arrays):
+            key = self.over[i], tuple(sorted(_mesh.varying(x)))
+            alike.setdefault(key, []).append(i)
+        return [
+            (members, (tuple(self.owner[i] for i in members), self.count), names)
+            for (names, _), members in sorted(alike.items())
+        ]
+
+    def euclidean(self, arrays: Sequence[jax.Array], dtype: Any) -> jax.Array:
+        """The Euclidean norm of each cell."""
+        full = [i for i, x in enumerate(arrays) if not _is_empty(x)]
+        if not full:
+            return jnp.zeros(self.count, dtype)
+        some = self._replace(
+            over=tuple(self.over[i] for i in full),
+            owner=tuple(self.owner[i] for i in full),
+        )
+        given = [_real(arrays[i]) for i in full]
+        return _forms.whole(given, some.kinds(given), dtype)
+
+    def roots_of_sizes(self, arrays: Sequence[jax.Array], dtype: Any) -> jax.Array:
+        """The root of the number of elements of each cell, on all devices."""
+        sizes: list[Any] = [0] * self.count
+        for i, x in enumerate(arrays):
+            sizes[self.owner[i]] += x.size * _mesh.size(self.over[i])
+        return _forms.stacked([_root(size, dtype) for size in sizes])
+
+
+class Units(NamedTuple):
+    """Units of arrays: an array of them for each, with length 1 where it is reduced.
+
+    Attributes:
+      over: the mesh axes that the units of each array are split over.
+      reduced: for each array, the axes that a unit spans.
+    """
+
+    over: _mesh.Over
+    reduced: tuple[tuple[int, ...], ...]
+
+    def axes(self, i: int) -> tuple[int, ...]:
+        """The axes of an array that lie in one cell, as of a reduction."""
+        return self.reduced[i]
+
+    def each(self, cells: list[jax.Array]) -> list[jax.Array]:
+        """The cells of every array."""
+        return cells
+
+    def combined(self, values: Sequence[jax.Array], how: "_How") -> list[jax.Array]:
+        """The same over all devices."""
+        return _forms.over_devices(values, self.over, how.across)
+
+    def euclidean(self, arrays: Sequence[jax.Array], dtype: Any) -> list[jax.Array]:
+        """The Euclidean norm of each unit."""
+        full = [i for i, x in enumerate(arrays) if not _is_empty(x)]
+        norms = [
+            jnp.zeros([1 if d in a else n for d, n in enumerate(x.shape)], dtype)
+            for x, a in zip(arrays, self.reduced, strict=True)
+        ]
+        if full:
+            some = lambda values: [values[i] for i in full]
+            given = [_real(x) for x in some(arrays)]
+            over = some(self.over)
+            found = _forms.units(given, some(self.reduced), over, dtype)
+            for i, norm in zip(full, found, strict=True):
+                norms[i] = norm
+        return norms
+
+    def roots_of_sizes(self, arrays: Sequence[jax.Array], dtype: Any) -> list[Any]:
+        """The root of the number of elements of a unit, on all devices."""
+        sizes = [
+            _mesh.size(over) * math.prod(x.shape[a] for a in axes)
+            for x, over, axes in zip(arrays, self.over, self.reduced)
+        ]
+        return [_root(size, dtype) for size in sizes]
+
+
+class _How(NamedTuple):
+    """A sum or a maximum: of the entries of a cell, of devices, and of two."""
+
+    by_cell: Callable
+    across: Callable
+    two: Callable
+
+
 def measure(
     arrays: Sequence[jax.Array],
-    layout: _mesh.Layout,
-    *,
-    axes: Sequence[tuple[int, ...]] | None = None,
-    groups: Sequence[Sequence[int]] | None = None,
+    over: _mesh.Over,
+    owner: Sequence[int],
+    count: int,
     ord: float | str = 2.0,
-) -> list[jax.Array]:
-    """Measures one norm per array, per slice of each array, or per group of arrays.
+) -> jax.Array:
+    """Measures norms of whole arrays.
 
     Where other devices hold other parts of a cell there is one collective for each set
     of mesh axes, however many arrays there are.
 
     Args:
       arrays: real or complex floating point arrays.
-      layout: the mesh axes that the cells are split over.
-      axes: for each array, the axes that are reduced; they are kept with length 1.
-        None: all axes, giving scalars.
-      groups: positions of the arrays that share a norm. None: each has its own.
+      over: the mesh axes that each array is split over.
+      owner: the cell that each array belongs to; cells without arrays have norm 0.
+      count: how many cells there are.
       ord: the order, as `check_ord` returns it.
 
     Returns:
-      The norms of each group, float32 or wider.
+      A vector of one norm for each cell, float32, or float64 if an array is.
     """
-    static_axes = (None,) * len(arrays) if axes is None else tuple(axes)
-    each = [(i,) for i in range(len(arrays))]
-    static_groups = tuple(map(tuple, each if groups is None else groups))
-    static = (layout, static_axes, static_groups, ord)
-    return list(_jitted_norms(tuple(arrays), *static))
+    return _jitted_norms(tuple(arrays), Whole(over, tuple(owner), count), ord)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3, 4))
-def _norms(arrays, layout, axes, groups, p):
-    wide = _widened(arrays, groups)
-    if p in (2, "rms"):
-        return _euclidean(wide, layout, axes, groups, mean=p == "rms")
-    moduli = [jnp.abs(x) for x in wide]
+def measure_units(
+    arrays: Sequence[jax.Array],
+    over: _mesh.Over,
+    reduced: Sequence[tuple[int, ...]],
+    ord: float | str = 2.0,
+) -> list[jax.Array]:
+    """Measures the norm of each unit of arrays, as `measure` does.
+
+    Args:
+      arrays: real or complex floating point arrays.
+      over: the mesh axes that the units of each array are split over.
+      reduced: for each array, the axes that a unit spans.
+      ord: the order, as `check_ord` returns it.
+
+    Returns:
+      For each array its norms, with length 1 for the axes that a unit spans.
+    """
+    return _jitted_norms(tuple(arrays), Units(over, tuple(reduced)), ord)
+
+
+def total(counts: Sequence[jax.Array], over: _mesh.Over) -> jax.Array:
+    """Adds up int32 counts of arrays, those of all devices."""
+    if not counts:
+        return jnp.zeros((), jnp.int32)
+    return Whole(over, (0,) * len(counts), 1).combined(counts, _SUM)[0]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def _norms(arrays, cells, p):
+    dtype = _trees.widest(*(x.dtype for x in arrays))
+    if not arrays:
+        return jnp.zeros(cells.count, dtype) if isinstance(cells, Whole) else []
+    if p == 2:
+        return cells.euclidean(arrays, dtype)
+    if p == "rms":
+        sizes = cells.roots_of_sizes(arrays, dtype)
+        return jax.tree.map(jnp.divide, cells.euclidean(arrays, dtype), sizes)
+    moduli = [_modulus(x, dtype) for x in arrays]
     if p == 1:
-        return _totals([_sum(m, a) for m, a in zip(moduli, axes)], layout, groups)
-    largest = _largest_moduli(arrays, moduli, layout, axes, groups)
+        return cells.combined(
+            [_sum(m, cells.axes(i)) for i, m in enumerate(moduli)], _SUM
+        )
+    largest = _largest_moduli(arrays, moduli, cells, dtype)
     if p == math.inf:
         return largest
     # Powers of moduli that are at most 1 cannot overflow.
-    usable = [jnp.where((m > 0) & jnp.isfinite(m), m, 1) for m in largest]
-    units = _per_array(usable, groups, len(moduli))
-    sums = [_sum((m / u) ** p, a) for m, u, a in zip(moduli, units, axes)]
-    return [
-        jnp.where(jnp.isfinite(m), (s ** (0.5 / p) * u) * s ** (0.5 / p), m)
-        for s, u, m in zip(_totals(sums, layout, groups), usable, largest)
-    ]
+    usable = lambda m: jnp.where((m > 0) & jnp.isfinite(m), m, 1)
+    usable = jax.tree.map(usable, largest)
+    shares = [m / u for m, u in zip(moduli, cells.each(usable), strict=True)]
+    sums = cells.combined(
+        [_sum(s**p, cells.axes(i)) for i, s in enumerate(shares)], _SUM
+    )
+
+    def root(m, u, s):
+        # In two steps for p < 1, where s^(1/p) may be larger than the norm can be.
+        power = s ** (0.5 / p) * u * s ** (0.5 / p) if p < 1 else s ** (1 / p) * u
+        return jnp.where(jnp.isfinite(m), power, m)
+
+    return jax.tree.map(root, largest, usable, sums)
 
 
 @_norms.defjvp
-def _norms_jvp(layout, axes, groups, p, primals, tangents):
+def _norms_jvp(cells, p, primals, tangents):
     (arrays,), (tangents,) = primals, tangents
-    found = _norms(arrays, layout, axes, groups, p)
+    found = _norms(arrays, cells, p)
     changes, ties = [], []
-    norms = _per_array(found, groups, len(arrays))
-    for x, dx, n, a in zip(arrays, tangents, norms, axes):
+    for i, (x, dx, n) in enumerate(zip(arrays, tangents, cells.each(found))):
         x, dx = (t.astype(_trees.widened(t.dtype, n.dtype)) for t in (x, dx))
         safe = jnp.where(n > 0, n, 1)
         if p in (2, "rms"):
             slope = jnp.where(n > 0, quotient(x, safe), 0)
         elif p == math.inf:
             slope = jnp.where(jnp.abs(x) == n, jnp.sign(x), 0)
-            ties.append(_sum((jnp.abs(x) == n).astype(n.dtype), a))
+            ties.append(_sum((jnp.abs(x) == n).astype(n.dtype), cells.axes(i)))
         else:
             modulus = jnp.where(x != 0, jnp.abs(x), safe)
             steep = quotient(safe ** (1 - p), modulus ** (1 - p))
             flat = quotient(modulus, safe) ** (p - 1)
             slope = jnp.sign(x) * (steep if p < 1 else flat)
-        changes.append(_sum((jnp.conj(slope) * dx).real, a))
-    changes = _totals(changes, layout, groups)
+        changes.append(_sum((jnp.conj(slope) * dx).real, cells.axes(i)))
+    if not changes:
+        return found, jax.tree.map(jnp.zeros_like, found)
+    changes = cells.combined(changes, _SUM)
     if p == "rms":
-        sizes = _cell_sizes(arrays, layout, axes, groups)
-        changes = [c / max(size, 1) for c, size in zip(changes, sizes)]
+        dtype = _trees.widest(*(x.dtype for x in arrays))
+        roots = cells.roots_of_sizes(arrays, dtype)
+        changes = jax.tree.map(lambda c, root: c / root / root, changes, roots)
     if ties:  # moduli that tie for the largest share the derivative
-        ties = _totals(ties, layout, groups)
-        changes = [c / jnp.maximum(t, 1) for c, t in zip(changes, ties)]
+        ties = cells.combined(ties, _SUM)
+        changes = jax.tree.map(lambda c, t: c / jnp.maximum(t, 1), changes, ties)
     return found, changes
 
 
 # Outside of jit too, a norm is one compiled call.
-_jitted_norms = jax.jit(_norms, static_argnums=(1, 2, 3, 4), inline=True)
+_jitted_norms = jax.jit(_norms, static_argnums=(1, 2), inline=True)
 
 
-def _euclidean(arrays, layout, axes, groups, mean):
-    """Sums the squares once, and again scaled by a power of two if a cell needs it."""
-    if not arrays:
-        return [jnp.zeros((), jnp.float32) for _ in groups]
-    # A constant leaf must not be seen as one: XLA would square it and the scale apart.
-    arrays = _mesh.barrier(arrays)
-    # Devices that measure each for itself may run different numbers of passes.
-    alone = _mesh.alone(arrays, layout)
-    arrays = [_mesh.varying_over(x, alone) for x in arrays]
-    start = [_unmeasured(arrays, layout, axes, group) for group in groups]
-    dtypes = {n.dtype for n in start}
-    sizes = _cell_sizes(arrays, layout, axes, groups)
-    safe = {dtype: _safe_range(dtype, max(sizes)) for dtype in dtypes}
-
-    def run(carry):
-        # Pass 0 measures as is, 1 scales down for overflow, 2 scales up for underflow.
-        this, found = carry
-        scales = {dtype: _power_of_two(dtype, this) for dtype in dtypes}
-        renewed = {
-            dtype: (
-                jnp.where(this == 2, lo, 0).astype(dtype),
-                jnp.where(this == 2, jnp.inf, hi).astype(dtype),
-            )
-            for dtype, (lo, hi) in safe.items()
-        }
-        sums = _totals(_squares(arrays, axes, scales, this), layout, groups)
-        if mean:
-            sums = [s / max(size, 1) for s, size in zip(sums, sizes)]
-        norms = []
-        for s, old in zip(sums, found, strict=True):
-            low, high = renewed[s.dtype]
-            new = lax.div(lax.sqrt(s), lax.full_like(s, scales[s.dtype]))
-            # What is in range, or NaN already, stays as an earlier pass measured it.
-            unsafe = lax.bitwise_or(old < low, old > high)
-            norms.append(lax.select(unsafe, new, old))
-        # Scalars of one dtype, and so of one safe range, are compared together.
-        alike = {(n.shape, n.dtype) for n in norms} == {((), norms[0].dtype)}
-        seen = [_stacked(norms)] if alike else norms
-        large = _count([n > safe[n.dtype][1] for n in seen])
-        small = _count([n < safe[n.dtype][0] for n in seen])
-        if layout.beside:  # all devices must run the same passes
-            large, small = lax.psum((large, small), layout.beside)
-        following = jnp.where((this < 2) & (small > 0), 2, 3)
-        following = jnp.where((this < 1) & (large > 0), 1, following)
-        return following.astype(jnp.int32), norms
-
-    first = _mesh.varying_over(jnp.int32(0), alone)
-    return lax.while_loop(lambda carry: carry[0] < 3, run, (first, start))[1]
-
-
-def _largest_moduli(arrays, moduli, layout, axes, groups):
+def _largest_moduli(arrays, moduli, cells, dtype):
     """The largest moduli; NaN where one is, which a maximum over devices may lose."""
-    local = [_max(m, a) for m, a in zip(moduli, axes)]
-    largest = _mesh.joined(local, layout, groups, _largest, lax.pmax)
+    local = [_max(m, cells.axes(i)) for i, m in enumerate(moduli)]
+    largest = cells.combined(local, _MAX)
     # Read behind a barrier, or XLA:CPU would write out what both reductions read.
-    again = [jnp.abs(x) for x in _widened(_mesh.barrier(arrays), groups)]
-    zeros = [_sum(m - m, a) for m, a in zip(again, axes)]
-    lost = _totals(zeros, layout, groups)
-    return [
-        jnp.where(jnp.isnan(z) & (m < jnp.inf), z, m) for z, m in zip(lost, largest)
-    ]
+    again = [_modulus(x, dtype) for x in _mesh.barrier(arrays)]
+    lost = cells.combined(
+        [_sum(m - m, cells.axes(i)) for i, m in enumerate(again)], _SUM
+    )
+    keep = lambda z, m: jnp.where(jnp.isnan(z) & (m < jnp.inf), z, m)
+    return jax.tree.map(keep, lost, largest)
 
 
-def _unmeasured(arrays, layout, axes, group):
-    """An infinite norm of the shape, dtype and place of one cell."""
-    if not group:
-        return jnp.full((), jnp.inf, jnp.float32)
-    x, axis, over = arrays[group[0]], axes[group[0]], layout.over[group[0]]
-    part = functools.partial(_sum, axis=axis)
-    measured = lambda x: lax.psum(part(x), over) if over else part(x)
-    return _mesh.full(jax.eval_shape(measured, x.real), jnp.inf)
+def _largest_by_cell(values, cells):
+    mine = np.arange(cells[1])[:, None] == np.asarray(cells[0])
+    return jnp.max(jnp.where(mine, values, 0), axis=-1)
 
 
-def _power_of_two(dtype, this):
-    exponent = jnp.finfo(dtype).maxexp * 5 // 8
-    down, up = 2.0**-exponent, 2.0**exponent
-    return jnp.where(this == 0, 1, jnp.where(this == 1, down, up)).astype(dtype)
+_SUM = _How(by_cell, lax.psum, jnp.add)
+_MAX = _How(_largest_by_cell, lax.pmax, jnp.maximum)
 
 
-def _squares(arrays, axes, scales, this):
-    """Sums `|scale * x|^2` over the axes of each array."""
-    shared: dict[Any, jax.Array] = {}
-    sums: list[Any] = [None] * len(arrays)
-    for i, x in enumerate(arrays):
-        like = jax.typeof(x)
-        if x.size <= _SMALL:
-            if like not in shared:
-                shared[like] = lax.full_like(x, scales[x.real.dtype], x.real.dtype)
-            sums[i] = _square_sum(x, axes[i], shared[like])
-    large = [i for i, x in enumerate(arrays) if x.size > _SMALL]
-
-    def plain(xs):
-        return [_square_sum(x, axes[i]) for x, i in zip(xs, large)]
-
-    def scaled(xs):
-        own = lax.optimization_barrier([scales[x.real.dtype] for x in xs])
-        return [_square_sum(x, axes[i], s) for x, i, s in zip(xs, large, own)]
-
-    if large:
-        measured = lax.cond(this == 0, plain, scaled, [arrays[i] for i in large])
-        for i, s in zip(large, measured):
-            sums[i] = s
-    return sums
+def _modulus(x, dtype):
+    return jnp.abs(x.astype(_trees.widened(x.dtype, dtype)))
 
 
-def _square_sum(x, axis, scale=None):
-    parts = (x.real, x.imag) if jnp.iscomplexobj(x) else (x,)
-    if scale is not None:
-        parts = [part * scale for part in parts]
-    return _sum(functools.reduce(jnp.add, [part * part for part in parts]), axis)
+def _real(x):
+    return jnp.abs(x) if jnp.iscomplexobj(x) else x
 
 
-def _widened(arrays, groups):
-    """Casts each array to the widest dtype of its group, at least float32."""
-    new = list(arrays)
-    for group in groups:
-        real = _trees.widest(*(arrays[i].dtype for i in group))
-        for i in group:
-            new[i] = arrays[i].astype(_trees.widened(arrays[i].dtype, real))
-    return new
+def _is_empty(x):
+    return isinstance(x.size, int) and x.size == 0
 
 
-def _safe_range(dtype, size):
-    """The norms that a plain sum of `size` squares gives to the last bits."""
-    info = jnp.finfo(dtype)
-    smallest = float(info.smallest_normal) * max(size, 1) / float(info.eps)
-    return math.sqrt(smallest), math.sqrt(float(info.max) / 4)
-
-
-def _cell_sizes(arrays, layout, axes, groups):
-    """How many elements one cell of each group has, on all devices together."""
-    sizes = [
-        _mesh.size(over) * math.prod(x.shape if a is None else [x.shape[i] for i in a])
-        for x, over, a in zip(arrays, layout.over, axes)
-    ]
-    return [sum(sizes[i] for i in group) for group in groups]
-
-
-def _totals(values, layout, groups):
-    return _mesh.joined(values, layout, groups, _total, lax.psum)
-
-
-def _per_array(cells, groups, count):
-    spread: list[Any] = [None] * count
-    for cell, group in zip(cells, groups, strict=True):
-        for i in group:
-            spread[i] = cell
-    return spread
-
-
-def _total(values):
-    if not values:
-        return jnp.zeros((), jnp.float32)
-    if values[0].ndim == 0 and len(values) > _FAN_IN:
-        return jnp.sum(_stacked(values))
-    return functools.reduce(jnp.add, values)
-
-
-def _largest(values):
-    return functools.reduce(jnp.maximum, values or [jnp.zeros((), jnp.float32)])
-
-
-def _count(flags):
-    return _total([jnp.any(flag).astype(jnp.float32) for flag in flags])
-
-
-def _stacked(values):
-    """Stacks scalars, many of them in blocks that no compiler fuses into one kernel."""
-    if len(values) <= _FAN_IN:
-        return jnp.stack(values)
-    blocks = [values[i : i + _FAN_IN] for i in range(0, len(values), _FAN_IN)]
-    return jnp.concatenate([_fenced(jnp.stack(block)) for block in blocks])
-
-
-def _fenced(block):
-    """The same values, sorted by the place they have: nothing fuses through a sort."""
-    return lax.sort((lax.iota(jnp.int32, block.size), block), num_keys=1)[1]
+def _root(size, dtype):
+    """The root of a number of elements, which may be symbolic."""
+    if isinstance(size, int):
+        return jnp.asarray(np.sqrt(np.float64(max(size, 1))), dtype)
+    return jnp.sqrt(jnp.maximum(jnp.asarray(size).astype(dtype), 1))
 
 
 def _sum(x, axis):

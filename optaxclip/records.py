@@ -5,8 +5,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 
-from optaxclip import _mesh, _trees, norms
+from optaxclip import _cells, _forms, _mesh, _trees, norms
 from optaxclip._numerics import count_if
 
 PyTree = Any
@@ -17,14 +19,13 @@ class Record(NamedTuple):
 
     The structure is fixed from `init` on, so a record can be carried through
     `lax.scan`, `optax.MultiSteps` and checkpoints. Before the first step `norm` and
-    `limit` are 0. With scopes finer than a group these have the structure of the
-    params, so `optax.tree_map_params` takes them for slots of params.
+    `limit` are 0. `by_name` gives the entries of both the names of their leaves.
 
     Attributes:
-      norm: in the structure of the magnitudes, the largest magnitude of each array:
-        the global norm for a clip by global norm, one norm per leaf or per label for
-        `leaf` and `group`, the largest unit norm or modulus of each leaf for `unit`
-        and `element`.
+      norm: the global norm for a clip by global norm; a vector with the norm of every
+        leaf for `leaf` and of every label for `group`; a vector with the largest unit
+        norm or modulus of every leaf for `unit` and `element`. The entry of a leaf
+        that has no update at a step stays as it was.
       limit: the same, the limit of the cell whose magnitude is in `norm`.
       scale: smallest factor a finite cell was multiplied by; 1 if nothing was clipped.
       clipped: share of cells whose factor was below 1, in [0, 1].
@@ -34,8 +35,8 @@ class Record(NamedTuple):
       bound: state of the bound that is recorded.
     """
 
-    norm: PyTree  # arrays of shape=(), dtype of the magnitudes
-    limit: PyTree  # arrays of shape=(), dtype of the magnitudes
+    norm: jax.Array  # shape=() or (leaves,) or (labels,), dtype of the magnitudes
+    limit: jax.Array  # the same
     scale: jax.Array  # shape=(), dtype=jnp.float32
     clipped: jax.Array  # shape=(), dtype=jnp.float32
     steps: jax.Array  # shape=(), dtype=jnp.int32
@@ -47,12 +48,16 @@ class Record(NamedTuple):
     def empty(cls, magnitudes: PyTree, bound: PyTree) -> "Record":
         """Returns the record before the first step."""
 
-        def zero(magnitude):
-            return jnp.zeros((), magnitude.dtype)
+        def zeros():
+            arrays = _cells.of(magnitudes).arrays
+            if not _cells.are_whole(magnitudes):
+                arrays = [m and jnp.zeros((), m.dtype) for m in arrays]
+            found = _side_by_side(magnitudes, arrays)
+            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), found)
 
         seen = cls(
-            norm=jax.tree.map(zero, magnitudes),
-            limit=jax.tree.map(zero, magnitudes),
+            norm=zeros(),
+            limit=zeros(),
             scale=jnp.ones((), jnp.float32),
             clipped=jnp.zeros((), jnp.float32),
             steps=jnp.zeros((), jnp.int32),
@@ -66,25 +71,29 @@ class Record(NamedTuple):
         self, magnitudes: PyTree, limits: PyTree, kept: PyTree, bound: PyTree
     ) -> "Record":
         """Returns the record after one more step."""
-        known = _mesh.of_cells(magnitudes, "recorded")
-        largest = jax.tree.map(lambda m: _largest(m, known), magnitudes)
+        whole = _cells.are_whole(magnitudes)
+        arrays, tops, new = (
+            _cells.of(cells).arrays for cells in (magnitudes, limits, kept)
+        )
+        largest = _largest(magnitudes)
         scale = jnp.ones((), jnp.float32)
         clipped = damaged = jnp.zeros((), jnp.float32)
-        count = 0
-        for seen, new in zip(
-            jax.tree.leaves(magnitudes), jax.tree.leaves(kept), strict=True
-        ):
-            factor = jnp.where((seen > 0) & jnp.isfinite(seen), new / seen, 1)
+        count = _cells.count(magnitudes) if whole else 0
+        at_largest = []
+        for m, c, k, top in zip(arrays, tops, new, largest, strict=True):
+            if m is None:
+                at_largest.append(None)
+                continue
+            factor = jnp.where((m > 0) & jnp.isfinite(m), k / m, 1)
             factor = factor.astype(jnp.float32)
-            scale = jnp.minimum(scale, _mesh.smallest(factor, initial=1))
-            clipped += _mesh.total(new < seen)
-            damaged += _mesh.total(~jnp.isfinite(seen))
-            count += _mesh.count(seen)
+            scale = jnp.minimum(scale, _smallest(factor, m, whole, 1))
+            clipped += _total(k < m, m, whole)
+            damaged += _total(~jnp.isfinite(m), m, whole)
+            count += 0 if whole else _mesh.count(m, whole)
+            at_largest.append(_limit_of(top, m, c, whole))
         seen = Record(
-            norm=_typed_like(self.norm, largest),
-            limit=_typed_like(
-                self.limit, jax.tree.map(_limit_of, largest, magnitudes, limits)
-            ),
+            norm=_renewed(magnitudes, self.norm, largest),
+            limit=_renewed(magnitudes, self.limit, at_largest),
             scale=scale,
             clipped=clipped / max(count, 1),
             steps=count_if(True, self.steps),
@@ -111,32 +120,112 @@ def records(opt_state: PyTree) -> list[Record]:
       >>> updates = {"b": jnp.array([0.5]), "w": jnp.array([3.0, 4.0])}
       >>> _, state = tx.update(updates, tx.init(updates))
       >>> (record,) = optaxclip.records(state)
-      >>> print({k: float(n) for k, n in record.norm.items()}, float(record.clipped))
-      {'b': 0.5, 'w': 5.0} 0.5
+      >>> print(record.norm, record.clipped)
+      [0.5 5. ] 0.5
     """
     nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, Record))
     found = [node for node in nodes if isinstance(node, Record)]
     return [r for record in found for r in (record, *records(record.bound))]
 
 
-def _typed_like(old: PyTree, new: PyTree) -> PyTree:
-    """The new tree in the dtypes of the old; the old where an update is missing."""
-    return jax.tree.map(
-        lambda n, o: o if _trees.absent(n) else n.astype(o.dtype),
-        new,
-        old,
-        is_leaf=_trees.absent,
-    )
+def by_name(values: jax.Array, tree: PyTree) -> dict[str, jax.Array]:
+    """Gives the entries of a vector of leaves or of labels their names.
+
+    Args:
+      values: the `norm` or `limit` of a `Record`, or a field of the state of a learned
+        bound, of a clip by leaf, unit, element or group: one entry for every leaf or
+        label along the last axis.
+      tree: the params; for a clip by group its labels or limits.
+
+    Returns:
+      A dict from the path of each floating point leaf, as `layer/kernel`, or from each
+      label, to its entry.
+
+    Raises:
+      ValueError: if there are not as many entries as leaves or labels.
+
+    Examples:
+      >>> import jax.numpy as jnp, optaxclip
+      >>> tx = optaxclip.recorded(optaxclip.clip_by_leaf_norm(1.0))
+      >>> updates = {"b": jnp.array([0.5]), "w": jnp.array([3.0, 4.0])}
+      >>> _, state = tx.update(updates, tx.init(updates))
+      >>> norms = optaxclip.by_name(state.norm, updates)
+      >>> print({name: float(norm) for name, norm in norms.items()})
+      {'b': 0.5, 'w': 5.0}
+    """
+    part = _trees.counted(tree)
+    if part.indices or not part.leaves:
+        names = [_trees.name(path) for path in part.paths()]
+        _, count = _cells.places_of(part)
+        places = [
+            (names[i], p) for i, p in zip(part.indices, _cells.places_of(part)[0])
+        ]
+    else:
+        labels = sorted(set(part.leaves))
+        count = len(labels)
+        places = [(str(label), i) for i, label in enumerate(labels)]
+    if jnp.ndim(values) == 0 or values.shape[-1] != count:
+        raise ValueError(
+            f"by_name: values must have an entry for each of the {count} leaves or "
+            f"labels of the tree, got shape {jnp.shape(values)}. Pass the params that "
+            "tx.init was given, or the labels of a clip by group."
+        )
+    return {name: values[..., i] for name, i in places}
 
 
-def _largest(magnitude: jax.Array, axis_name: _mesh.AxisName) -> jax.Array:
-    if not magnitude.ndim:
-        return magnitude
-    return norms.tree_norm(magnitude, math.inf, axis_name)
+def _side_by_side(magnitudes: PyTree, values: list[Any]) -> PyTree:
+    """One vector of a value for each array, or what is one already."""
+    if not isinstance(magnitudes, _cells.Cells):
+        return _cells.like(magnitudes, values)
+    if _cells.are_whole(magnitudes):
+        return values[0]
+    dtype = _trees.widest(*(v.dtype for v in values if v is not None))
+    filled = [jnp.zeros((), dtype) if v is None else v.astype(dtype) for v in values]
+    return _forms.stacked(filled) if filled else jnp.zeros(0, dtype)
 
 
-def _limit_of(largest: jax.Array, magnitude: jax.Array, limit: jax.Array) -> jax.Array:
-    if not limit.ndim:
-        return limit
+def _renewed(magnitudes: PyTree, old: PyTree, values: list[Any]) -> PyTree:
+    """The new entries, in the dtype of the old; the old where an update is missing."""
+    new = _side_by_side(magnitudes, values)
+    measured = _cells.of(magnitudes).places.measured
+
+    def choose(n, o):
+        n = n.astype(o.dtype)
+        return n if all(measured) else jnp.where(np.asarray(measured), n, o)
+
+    return jax.tree.map(choose, new, old)
+
+
+def _largest(magnitudes: PyTree) -> list[Any]:
+    """The largest magnitude of each array; whole cells as they are."""
+    cells = _cells.of(magnitudes)
+    if _cells.are_whole(magnitudes):
+        return list(cells.arrays)
+    part = _trees.counted([m for m in cells.arrays if m is not None])
+    known = _mesh.of_cells(magnitudes, "recorded")
+    over = _mesh.layout(part, known, "recorded")
+    each = range(len(part.arrays))
+    found = iter(norms.measure(part.arrays, over, each, len(part.arrays), math.inf))
+    return [None if m is None else next(found) for m in cells.arrays]
+
+
+def _limit_of(largest, magnitude, limit, whole: bool) -> jax.Array:
+    if whole or not limit.ndim:
+        return jnp.broadcast_to(limit, jnp.shape(largest))
     at_largest = jnp.where(magnitude == largest, limit, jnp.inf)
-    return _mesh.smallest(at_largest, initial=jnp.inf)
+    return _smallest(at_largest, magnitude, whole, jnp.inf)
+
+
+def _total(flags: jax.Array, cells: jax.Array, whole: bool) -> jax.Array:
+    """How many flags of cells are true on all devices, as a float."""
+    found = jnp.sum(flags, dtype=jnp.float32)
+    return _mesh.of_all(lax.psum, found, cells, whole)
+
+
+def _smallest(values, cells, whole: bool, initial: float) -> jax.Array:
+    """The smallest of all devices, or the initial value; NaN where one is NaN."""
+    found = jnp.min(values, initial=initial)
+    found = _mesh.of_all(lax.pmin, found, cells, whole)
+    # A minimum over devices may lose it.
+    lost = _total(jnp.isnan(values), cells, whole) > 0
+    return jnp.where(lost, jnp.nan, found)

@@ -5,10 +5,11 @@ A scope splits updates into magnitudes and what is left, the directions:
     magnitudes, rebuild = scope.split(updates, norm, axis_name)
     updates = rebuild(new_magnitudes, alone)
 
-`magnitudes` is a pytree of real arrays, float32 or wider, each entry a *cell*; they
-broadcast against the leaves they were measured on. `rebuild` takes the new magnitude
-of every cell, and whether the cell is to be left alone: then its updates come out bit
-for bit as they went in. The other laws every scope obeys:
+`magnitudes` is a pytree of real arrays, float32 or wider, each entry a *cell*. Cells
+that are whole arrays, or groups of them, lie side by side in one vector; units and
+elements keep an array for each leaf, which broadcasts against it. `rebuild` takes the
+new magnitude of every cell, and whether the cell is to be left alone: then its updates
+come out bit for bit as they went in. The other laws every scope obeys:
 
 * the new magnitudes are what measuring the result gives, to the last bits of the leaf
   dtype; dtypes, weak types and structure are those that went in;
@@ -19,21 +20,18 @@ for bit as they went in. The other laws every scope obeys:
 * derivatives are finite, and right wherever the norm has one.
 """
 
-import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from optaxclip import _mesh, _trees, axes, norms
+from optaxclip import _cells, _mesh, _rebuild, _trees, axes, norms
 from optaxclip._checks import check_number
-from optaxclip._numerics import quotient, rescaled
+from optaxclip._rebuild import Rebuild
 
 PyTree = Any
-Rebuild = Callable[[PyTree, PyTree], PyTree]
 
 
 class Scope(NamedTuple):
@@ -47,19 +45,23 @@ class Scope(NamedTuple):
       elementwise: whether there are as many cells as elements.
     """
 
-    split: Callable[..., tuple[PyTree, Rebuild]]
+    split: Callable[..., tuple[_cells.Cells, Rebuild]]
     elementwise: bool = False
 
-    def described(self, params: PyTree, axis_name: _mesh.AxisName = None) -> PyTree:
+    def described(
+        self, params: PyTree, axis_name: _mesh.AxisName = None
+    ) -> _cells.Cells:
         """Describes the magnitudes of updates of these params; nothing is measured."""
         known = _mesh.for_shapes(axis_name)
         # Only types of norms tell over which axes they vary.
         norm = None if _mesh.tracked() else 0.0
-        return jax.eval_shape(lambda p: self.split(p, norm, known)[0], params)
+        part = _trees.counted(params)
+        measured = lambda arrays: self.split(part.with_arrays(arrays), norm, known)[0]
+        return jax.eval_shape(measured, part.arrays)
 
     def own(
         self, params: PyTree, updates: PyTree, axis_name: _mesh.AxisName, who: str
-    ) -> PyTree:
+    ) -> _cells.Cells:
         """Measures the params of some updates, or refuses in the name of `who`."""
         return self.split(_trees.align(params, updates, who), None, axis_name)[0]
 
@@ -68,26 +70,22 @@ def element() -> Scope:
     """Makes every element a cell: magnitude `|u|`, direction the sign or the phase.
 
     Returns:
-      A scope whose magnitudes have the structure and shapes of the updates.
+      A scope whose magnitudes are arrays of the shapes of the updates.
 
     Examples:
       >>> import jax.numpy as jnp
       >>> from optaxclip import scopes
       >>> magnitudes, _ = scopes.element().split(jnp.array([3.0, -4.0]), None)
-      >>> print(magnitudes)
+      >>> print(magnitudes.arrays[0])
       [3. 4.]
     """
 
     def split(updates, norm, axis_name=None):
         del norm, axis_name
         part = _trees.counted(updates)
-        seen = [_modulus(u) for u in part.arrays]
-
-        def rebuild(kept, alone):
-            cells = zip(part.arrays, seen, part.values(kept), part.values(alone))
-            return part.replace([_turn(*cell) for cell in cells])
-
-        return part.cells(seen), rebuild
+        seen = _rebuild.moduli(part.arrays)
+        cells = _cells.of_leaves("elements", part, _cells.by_place(part, seen))
+        return cells, Rebuild(part, cells, _rebuild.turned)
 
     return Scope(split, elementwise=True)
 
@@ -96,8 +94,8 @@ def side() -> Scope:
     """Makes two cells of every element: how far it is below zero, how far above.
 
     Returns:
-      A scope whose magnitudes are `{"negative": max(-u, 0), "positive": max(u, 0)}`,
-      each with the structure and shapes of the updates. Bounds may be given by side.
+      A scope whose magnitudes are `max(-u, 0)` of all updates, then `max(u, 0)`. Bounds
+      may be given by side, as `{"negative": ..., "positive": ...}`.
 
     Raises:
       TypeError: by `split`, for complex updates, which have no sides.
@@ -106,7 +104,7 @@ def side() -> Scope:
       >>> import jax.numpy as jnp
       >>> from optaxclip import scopes
       >>> magnitudes, _ = scopes.side().split(jnp.array([3.0, -4.0]), None)
-      >>> print(magnitudes["negative"], magnitudes["positive"])
+      >>> print(*magnitudes.arrays)
       [0. 4.] [3. 0.]
     """
 
@@ -119,24 +117,9 @@ def side() -> Scope:
                     f"scopes.side: complex updates have no sides, got {leaf.dtype} at "
                     f"{path}. Use the element scope, which bounds the modulus."
                 )
-        wide = [u.astype(_trees.widest(u.dtype)) for u in part.arrays]
-        zeros = [jnp.zeros_like(w) for w in wide]
-        seen = {
-            "negative": part.cells([jnp.maximum(-w, z) for w, z in zip(wide, zeros)]),
-            "positive": part.cells([jnp.maximum(w, z) for w, z in zip(wide, zeros)]),
-        }
-
-        def rebuild(kept, alone):
-            low, high = (part.values(kept[s]) for s in ("negative", "positive"))
-            still = [part.values(alone[s]) for s in ("negative", "positive")]
-            new = []
-            for i, (u, w) in enumerate(zip(part.arrays, wide, strict=True)):
-                size = jnp.where(w < 0, low[i], high[i])
-                signed = jnp.copysign(size, w).astype(u.dtype)
-                new.append(jnp.where(still[0][i] & still[1][i], u, signed))
-            return part.replace(new)
-
-        return seen, rebuild
+        low, high = _rebuild.sides(part.arrays)
+        cells = _cells.of_sides(part, low, high)
+        return cells, Rebuild(part, cells, _rebuild.turned_by_side)
 
     return Scope(split, elementwise=True)
 
@@ -150,8 +133,8 @@ def unit(axis: Any = None, ord: float | str | None = None) -> Scope:
       ord: order of the norm, as in `norms.tree_norm`.
 
     Returns:
-      A scope whose magnitudes have the structure of the updates and their shapes, with
-      1 for every axis that a unit spans.
+      A scope whose magnitudes are arrays of the shapes of the updates, with 1 for every
+      axis that a unit spans.
 
     Raises:
       TypeError: for an `axis` or `ord` that is not static.
@@ -161,7 +144,7 @@ def unit(axis: Any = None, ord: float | str | None = None) -> Scope:
       >>> import jax.numpy as jnp
       >>> from optaxclip import scopes
       >>> magnitudes, _ = scopes.unit().split(jnp.array([[3.0, 0.0], [4.0, 1.0]]), None)
-      >>> print(magnitudes)
+      >>> print(magnitudes.arrays[0])
       [[5. 1.]]
     """
     ord = norms.check_ord(ord, "scopes.unit")
@@ -169,11 +152,12 @@ def unit(axis: Any = None, ord: float | str | None = None) -> Scope:
     def split(updates, norm, axis_name=None):
         del norm
         part = _trees.counted(updates)
-        described = part.cells(_mesh.whole(part, axis_name, "scopes.unit"))
+        described = part.with_arrays(_mesh.whole(part, axis_name, "scopes.unit"))
         spanned = axes.resolve(axis, described, "scopes.unit: axis")
-        layout = _mesh.layout(part, axis_name, "scopes.unit", spanned)
-        seen = norms.measure(part.arrays, layout, axes=spanned, ord=ord)
-        return part.cells(seen), _rescaling(part, seen, part.values)
+        over = _mesh.layout(part, axis_name, "scopes.unit", spanned)
+        seen = norms.measure_units(part.arrays, over, spanned, ord)
+        cells = _cells.of_leaves("units", part, _cells.by_place(part, seen))
+        return cells, Rebuild(part, cells, _rebuild.units_rescaled)
 
     return Scope(split)
 
@@ -187,7 +171,8 @@ def leaf(ord: float | str | None = None) -> Scope:
       ord: order of the norm, as in `norms.tree_norm`.
 
     Returns:
-      A scope whose magnitudes have the structure of the updates, each a scalar.
+      A scope whose magnitudes are a vector, with an entry for every leaf of the
+      updates: 0 for one that is not measured.
 
     Raises:
       ValueError: for another `ord`.
@@ -197,24 +182,19 @@ def leaf(ord: float | str | None = None) -> Scope:
       >>> from optaxclip import scopes
       >>> updates = {"b": jnp.array([1.0]), "w": jnp.array([3.0, 4.0])}
       >>> magnitudes, _ = scopes.leaf().split(updates, None)
-      >>> print(float(magnitudes["b"]), float(magnitudes["w"]))
-      1.0 5.0
+      >>> print(magnitudes.arrays[0])
+      [1. 5.]
     """
     ord = norms.check_ord(ord, "scopes.leaf")
 
     def split(updates, norm, axis_name=None):
         del norm
         part = _trees.counted(updates)
-        layout = _mesh.layout(part, axis_name, "scopes.leaf")
-        seen = norms.measure(part.arrays, layout, ord=ord)
-
-        def rebuild(kept, alone):
-            cells = zip(seen, part.values(kept), part.values(alone), strict=True)
-            terms = [_terms(*cell) for cell in cells]
-            pairs = zip(part.arrays, terms, strict=True)
-            return part.replace([_precisely(u, *t) for u, t in pairs])
-
-        return part.cells(seen), rebuild
+        over = _mesh.layout(part, axis_name, "scopes.leaf")
+        places, count = _cells.places_of(part)
+        seen = norms.measure(part.arrays, over, places, count, ord)
+        cells = _cells.of_leaves("vector", part, [seen])
+        return cells, Rebuild(part, cells, _rebuild.Rescaled(tuple(places)))
 
     return Scope(split)
 
@@ -231,7 +211,7 @@ def peak(rescale: bool = False) -> Scope:
         their proportions, but fall below some that were smaller.
 
     Returns:
-      A scope whose magnitudes have the structure of the updates, each a scalar.
+      A scope whose magnitudes are a vector, as those of `leaf`.
 
     Raises:
       TypeError: if `rescale` is not a bool.
@@ -258,14 +238,11 @@ def peak(rescale: bool = False) -> Scope:
     def split(updates, norm, axis_name=None):
         del norm
         part = _trees.counted(updates)
-        layout = _mesh.layout(part, axis_name, "scopes.peak")
-        seen = norms.measure(part.arrays, layout, ord=math.inf)
-
-        def rebuild(kept, alone):
-            cells = zip(part.arrays, seen, part.values(kept), part.values(alone))
-            return part.replace([_cut(*cell, rescale) for cell in cells])
-
-        return part.cells(seen), rebuild
+        over = _mesh.layout(part, axis_name, "scopes.peak")
+        places, count = _cells.places_of(part)
+        seen = norms.measure(part.arrays, over, places, count, math.inf)
+        cells = _cells.of_leaves("vector", part, [seen])
+        return cells, Rebuild(part, cells, _rebuild.Cut(tuple(places), rescale))
 
     return Scope(split)
 
@@ -281,8 +258,8 @@ def group(
       ord: order of the norm, as in `norms.tree_norm`.
 
     Returns:
-      A scope whose magnitudes are a dict from label to scalar. A label without leaves
-      has magnitude 0.
+      A scope whose magnitudes are a vector, with an entry for every label in sorted
+      order. A label without leaves has magnitude 0.
 
     Raises:
       ValueError: for another `ord`; by `split`, if a leaf has no label.
@@ -293,8 +270,8 @@ def group(
       >>> updates = {"a": jnp.array([3.0]), "b": jnp.array([4.0]), "c": jnp.ones(1)}
       >>> labels = {"a": "hidden", "b": "hidden", "c": "output"}
       >>> magnitudes, _ = scopes.group(labels).split(updates, None)
-      >>> print({label: float(m) for label, m in magnitudes.items()})
-      {'hidden': 5.0, 'output': 1.0}
+      >>> print(magnitudes.arrays[0])  # hidden, output
+      [5. 1.]
     """
     ord = norms.check_ord(ord, "scopes.group")
 
@@ -302,19 +279,13 @@ def group(
         del norm
         part = _trees.counted(updates)
         tree = labels(updates) if _trees.is_function(labels) else labels
-        cells = _trees.only_counted(updates)
-        label_of = jax.tree.leaves(_trees.spread(tree, cells, "scopes.group: labels"))
+        label_of = _trees.spread(tree, part, "scopes.group: labels")
         names = _sorted_labels(tree)
-        groups = [[i for i, name in enumerate(label_of) if name == n] for n in names]
-        layout = _mesh.layout(part, axis_name, "scopes.group")
-        seen = norms.measure(part.arrays, layout, groups=groups, ord=ord)
-        cell_of = [names.index(name) for name in label_of]
-
-        def listed(cells):
-            return [cells[name] for name in names]
-
-        magnitudes = dict(zip(names, seen, strict=True))
-        return magnitudes, _rescaling(part, seen, listed, cell_of)
+        owner = tuple(names.index(label) for label in label_of)
+        over = _mesh.layout(part, axis_name, "scopes.group")
+        seen = norms.measure(part.arrays, over, owner, len(names), ord)
+        cells = _cells.by_label(seen, names)
+        return cells, Rebuild(part, cells, _rebuild.Rescaled(owner))
 
     return Scope(split)
 
@@ -338,7 +309,7 @@ def tree(ord: float | str | None = None) -> Scope:
       >>> from optaxclip import scopes
       >>> updates = {"b": jnp.array([3.0]), "w": jnp.array([0.0, 4.0])}
       >>> magnitude, _ = scopes.tree().split(updates, None)
-      >>> print(float(magnitude))
+      >>> print(magnitude.arrays[0])
       5.0
     """
     ord = norms.check_ord(ord, "scopes.tree")
@@ -346,14 +317,14 @@ def tree(ord: float | str | None = None) -> Scope:
     def split(updates, norm, axis_name=None):
         part = _trees.counted(updates)
         if norm is None:
-            whole = [range(len(part.arrays))]
-            layout = _mesh.layout(part, axis_name, "scopes.tree")
-            (seen,) = norms.measure(part.arrays, layout, groups=whole, ord=ord)
+            over = _mesh.layout(part, axis_name, "scopes.tree")
+            owner = (0,) * len(part.arrays)
+            seen = norms.measure(part.arrays, over, owner, 1, ord)[0]
         else:
             dtype = _trees.widest(*(u.dtype for u in part.arrays))
             seen = _known(norm, dtype, axis_name)
-        cell_of = [0] * len(part.arrays)
-        return seen, _rescaling(part, [seen], lambda cell: [cell], cell_of)
+        cells = _cells.one(seen)
+        return cells, Rebuild(part, cells, _rebuild.Rescaled((0,) * len(part.arrays)))
 
     return Scope(split)
 
@@ -386,118 +357,3 @@ def _known(
             "lax.psum."
         )
     return norm.astype(dtype)
-
-
-def _modulus(u: jax.Array) -> jax.Array:
-    if jnp.iscomplexobj(u):
-        return jnp.abs(u)
-    return jnp.abs(u.astype(_trees.widest(u.dtype)))
-
-
-def _turn(u, seen, kept, alone):
-    """Gives each element its new modulus; an inf takes it with the sign it has."""
-    if jnp.iscomplexobj(u):
-        return jnp.where(
-            alone, u, u * quotient(*_terms(seen, kept, alone)).astype(u.dtype)
-        )
-    wide = u.astype(seen.dtype)
-    return jnp.where(alone, u, jnp.copysign(kept, wide).astype(u.dtype))
-
-
-def _cut(u, seen, kept, alone, rescale):
-    """Gives the elements beyond the new peak, and the peak itself, a new modulus."""
-    modulus = _modulus(u)
-    finite = jnp.isfinite(seen)
-    beyond = ~(modulus <= kept) | (modulus == seen)  # all of them if kept is NaN
-    still = alone | (finite & ~beyond)
-    new = jnp.where(finite, kept, jnp.nan)
-    if not rescale:
-        return _turn(u, modulus, lax.full_like(modulus, new), still)
-    factor = quotient(new, jnp.where(seen > 0, seen, 1))
-    dtype = _trees.widened(u.dtype, seen.dtype)
-    scaled = u.astype(dtype) * lax.full_like(u, factor.astype(dtype), dtype)
-    return jnp.where(still, u, scaled.astype(u.dtype))
-
-
-def _rescaling(
-    part: _trees.Counted,
-    seen: Sequence[jax.Array],
-    listed: Callable[[PyTree], list[jax.Array]],
-    cell_of: Sequence[int] | None = None,
-) -> Rebuild:
-    """Makes the rebuild of a scope whose cells hold whole slices of the updates.
-
-    `where(factor == 1, u, u * factor)` with a factor per cell: a scalar factor fuses
-    into whatever reads the result, and an idle clip writes nothing.
-
-    Args:
-      part: the updates.
-      seen: the magnitude of every cell.
-      listed: lists a pytree of cells in the order of `seen`.
-      cell_of: for each array, the position of its cell; None: each has its own.
-    """
-    cell_of = range(len(part.arrays)) if cell_of is None else cell_of
-
-    def rebuild(kept, alone):
-        cells = zip(seen, listed(kept), listed(alone), strict=True)
-        terms = [_terms(*cell) for cell in cells]
-        factors = [quotient(*t) for t in terms]
-        still = [factor == 1 for factor in factors]
-        spread: dict[Any, jax.Array] = {}
-        new = []
-        for u, cell in zip(part.arrays, cell_of, strict=True):
-            real = _trees.widest(u.dtype, factors[cell].dtype)
-            dtype = _trees.widened(u.dtype, real)
-            factor, *ends = (x.astype(dtype) for x in (factors[cell], *terms[cell]))
-            wide = u.astype(dtype)
-            if factor.ndim:
-                scaled = rescaled(wide * factor, wide, *ends).astype(u.dtype)
-                new.append(jnp.where(still[cell], u, scaled))
-                continue
-            like = (cell, jax.typeof(u))
-            if like not in spread:
-                spread[like] = lax.full_like(u, factor, dtype)
-            scaled = rescaled(wide * spread[like], wide, *ends).astype(u.dtype)
-            new.append(lax.select(still[cell], u, scaled))
-        return part.replace(new)
-
-    return rebuild
-
-
-def _terms(seen: jax.Array, kept: jax.Array, alone: jax.Array):
-    """What multiplies and what divides a cell: 1 if alone, NaN if not finite.
-
-    Their quotient is left to the last: XLA computes it once, but would repeat whatever
-    follows it in the kernel of every leaf. Neither it nor its inverse overflows.
-    """
-    one = jnp.ones_like(seen)
-    new = jnp.where(alone, one, jnp.where(jnp.isfinite(seen), kept, jnp.nan))
-    largest = jnp.finfo(seen.dtype).max / 8
-    old = jnp.where(seen > 0, jnp.maximum(seen, kept / largest), one)
-    return new, jnp.where(alone, one, old)
-
-
-def _precisely(u: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
-    """Returns `u * new / old` for an array that is a cell of its own.
-
-    A factor of one float carries its rounding into every element and so into the norm.
-    This one has two parts, `high` of half the digits, so that its products are exact,
-    and `low`, what it leaves. A division would be as exact, but XLA writes the quotient
-    of an array to memory before it is used twice.
-    """
-    info = jnp.finfo(old.dtype)
-    halved = functools.partial(
-        lax.reduce_precision, exponent_bits=info.nexp, mantissa_bits=info.nmant // 2
-    )
-    factor = quotient(new, old)
-    high, head = halved(factor), halved(old)
-    low = quotient((new - high * head) - high * (old - head), old)
-    # There low would underflow, or head overflow.
-    extreme = (factor < info.smallest_normal / info.eps**3) | (old > info.max / 2)
-    high, low = jnp.where(extreme, factor, high), jnp.where(extreme, 0, low)
-    dtype = _trees.widened(u.dtype, _trees.widest(u.dtype, old.dtype))
-    high, low = (lax.full_like(u, part.astype(dtype), dtype) for part in (high, low))
-    wide = u.astype(dtype)
-    ends = (x.astype(dtype) for x in (new, old))
-    scaled = rescaled(wide * high + wide * low, wide, *ends).astype(u.dtype)
-    return lax.select(new == old, u, scaled)

@@ -11,7 +11,7 @@ import optax
 from jax import lax
 from jax.experimental import checkify
 
-from optaxclip import _mesh, _trees, bounds, scopes
+from optaxclip import _cells, _mesh, _trees, bounds, norms, scopes
 from optaxclip._checks import check_count
 from optaxclip._numerics import count_if
 from optaxclip._staged import choose_state
@@ -70,11 +70,10 @@ def zero_nonfinite(
     def update(updates, state, params=None, **extra_args):
         del params, extra_args
         part = _trees.counted(_mesh.aligned(updates, None, "zero_nonfinite"))
-        layout = _mesh.layout(part, axis_name, "zero_nonfinite")
+        over = _mesh.layout(part, axis_name, "zero_nonfinite")
         finite = [jnp.isfinite(u) for u in part.arrays]
         counts = [jnp.sum(~f, dtype=jnp.int32) for f in finite]
-        whole = [range(len(counts))]
-        (zeroed,) = _mesh.joined(counts, layout, whole, _total, lax.psum)
+        zeroed = norms.total(counts, over)
         kept = [
             jnp.where(f, u, jnp.zeros_like(u))
             for f, u in zip(finite, part.arrays, strict=True)
@@ -263,9 +262,10 @@ def skip_steps(
                 f"state={state!r:.80}. Pass the state that tx.init made."
             )
         updates = _mesh.aligned(updates, params, "skip_steps")
-        seen, _ = scope.split(updates, norm, axis_name)
+        cells, _ = scope.split(updates, norm, axis_name)
         own = lambda who: scope.own(params, updates, axis_name, who)
-        limit, learn = rule.limit(state.bound, seen, own)
+        limits, learn = rule.limit(state.bound, cells, own)
+        (seen,), (limit,) = cells.arrays, limits.arrays
         applied_before = state.steps - state.skipped
         starting = ~enough(applied_before, warmup, least=0)
         applied = jnp.isfinite(seen) & (starting | (seen <= limit))
@@ -291,7 +291,7 @@ def skip_steps(
             skipped=count_if(~applied, state.skipped),
             in_a_row=jnp.where(applied, 0, count_if(~applied, state.in_a_row)),
             steps=count_if(True, state.steps),
-            bound=learn(kept),
+            bound=learn(_cells.like(cells, [kept])),
             inner=after,
         )
 
@@ -331,10 +331,6 @@ def _chosen(flag: jax.Array, new: Any, old: Any = None) -> Any:
     return lax.select(
         flag, new, old if old.dtype == new.dtype else old.astype(new.dtype)
     )
-
-
-def _total(counts: list[jax.Array]) -> jax.Array:
-    return sum(counts, jnp.zeros((), jnp.int32))
 
 
 def _escaped(path: str) -> str:

@@ -232,7 +232,8 @@ def jointly(bound: BoundLike, who: str = "bounds.jointly: bound") -> Bound:
     function = who.split(": ")[0]
 
     def together(cells, dtype=None):
-        norm = norms.tree_norm(cells, axis_name=_mesh.of_cells(cells, function))
+        known = _mesh.of_cells(cells, function)
+        norm = norms.tree_norm(jax.tree.leaves(cells), axis_name=known)
         return norm.astype(dtype or norm.dtype)
 
     def init(magnitudes):

@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optaxclip import _mesh, _trees
+from optaxclip import _cells, _mesh
 from optaxclip._checks import check_choice
 from optaxclip.bounds._rules import Bound, cast, refuse_no_state
 
@@ -50,30 +50,23 @@ def learned(statistic: Statistic, observe: str, who: str, window: int = 0) -> Bo
       window: how many magnitudes are stored of a cell.
 
     Returns:
-      A bound whose state is `statistic.state`, each field a tree of the structure of
-      the magnitudes.
+      A bound whose state is `statistic.state`, each field a vector of cells, or arrays
+      of units or elements (`optaxclip._cells`).
     """
 
     def init(magnitudes):
-        leaves, treedef = jax.tree.flatten(magnitudes)
-        cells = [_placed(statistic.init(m), m) for m in leaves]
-        return _by_field(statistic, cells, treedef)
+        cells = [
+            None if m is None else _placed(statistic.init(m), m)
+            for m in _cells.of(magnitudes).arrays
+        ]
+        return _by_field(statistic, cells, magnitudes)
 
     def limit(state, magnitudes, own):
         del own
         refuse_no_state(state, f"{who}: its bound")
-        if not isinstance(state, statistic.state):
-            raise ValueError(
-                f"{who}: state must be a {statistic.state.__name__}, got "
-                f"{type(state).__name__}. Pass the state that tx.init made."
-            )
-        treedef = jax.tree.structure(state[0])
-        cells = [
-            statistic.state(*fields)
-            for fields in zip(*map(jax.tree.leaves, state), strict=True)
-        ]
-        seen = _laid_out(treedef, magnitudes, state, who)
-        for cell, m in zip(cells, seen):
+        cells = _cells_of(statistic, state, magnitudes, who)
+        seen = _cells.of(magnitudes).arrays
+        for cell, m in zip(cells, seen, strict=True):
             _check_shapes(cell, m, window, who)
         after = [_grown(statistic, *args) for args in zip(cells, seen, seen)]
         at = after if observe == "current" else cells
@@ -81,20 +74,20 @@ def learned(statistic: Statistic, observe: str, who: str, window: int = 0) -> Bo
 
         def learn(kept):
             if observe in ("raw", "current"):
-                return _by_field(statistic, after, treedef)
+                return _by_field(statistic, after, magnitudes)
             if observe == "kept":
-                learned_from = treedef.flatten_up_to(kept)
+                learned_from = _cells.of(kept).arrays
             else:
                 learned_from = [
-                    m if _trees.absent(m) else jnp.minimum(m, c)
-                    for m, c in zip(seen, limits)
+                    None if m is None else jnp.minimum(m, c)
+                    for m, c in zip(seen, limits, strict=True)
                 ]
             grown = [
                 _grown(statistic, *args) for args in zip(cells, seen, learned_from)
             ]
-            return _by_field(statistic, grown, treedef)
+            return _by_field(statistic, grown, magnitudes)
 
-        return treedef.unflatten(limits), learn
+        return _cells.like(magnitudes, limits), learn
 
     return Bound(init, limit, window)
 
@@ -143,7 +136,7 @@ def _placed(cell: Any, magnitude: Any) -> Any:
 
 def _grown(statistic: Statistic, cell: Any, seen: Any, kept: Any) -> Any:
     """The state of a cell after one more update; the same if it had none."""
-    if _trees.absent(seen):
+    if seen is None:
         return cell
     dtype = _dtype(cell)
     used, safe = _observed(seen.astype(dtype), kept.astype(dtype))
@@ -161,7 +154,7 @@ def _observed(seen: jax.Array, kept: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _limit(statistic: Statistic, cell: Any, seen: Any) -> Any:
-    if _trees.absent(seen):
+    if seen is None:
         return seen
     limits = statistic.limit(cell, seen.astype(_dtype(cell)))
     return jnp.maximum(limits, 0).astype(seen.dtype)
@@ -173,19 +166,34 @@ def _dtype(cell: Any) -> Any:
     return next(dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.floating))
 
 
-def _by_field(statistic: Statistic, cells: list[Any], treedef: Any) -> Any:
-    """Turns a list of states into a state of trees."""
+def _by_field(statistic: Statistic, cells: list[Any], magnitudes: PyTree) -> Any:
+    """Turns a list of states, one for each array, into a state of arrays."""
     names = statistic.state._fields
-    return statistic.state(
-        *(treedef.unflatten([getattr(c, name) for c in cells]) for name in names)
-    )
+    fields = ([c and getattr(c, name) for c in cells] for name in names)
+    return statistic.state(*(_cells.stored(magnitudes, field) for field in fields))
+
+
+def _cells_of(
+    statistic: Statistic, state: Any, magnitudes: PyTree, who: str
+) -> list[Any]:
+    """Turns a state of arrays into a list of states, one for each array."""
+    if not isinstance(state, statistic.state):
+        raise ValueError(
+            f"{who}: state must be a {statistic.state.__name__}, got "
+            f"{type(state).__name__}. Pass the state that tx.init made."
+        )
+    fields = [_cells.restored(magnitudes, field, who) for field in state]
+    return [
+        None if cell[0] is None else statistic.state(*cell)
+        for cell in zip(*fields, strict=True)
+    ]
 
 
 def _check_shapes(cell: Any, seen: Any, window: int, who: str) -> None:
     """Refuses a state of other updates, or of another window."""
-    if _trees.absent(seen):
+    if seen is None:
         return
-    for field in cell:
+    for field in cell or [jnp.zeros(())]:
         stored = field.shape[: field.ndim - seen.ndim]
         other = bool(window and stored) and stored != (window,)
         if other or field.shape[len(stored) :] != seen.shape:
@@ -194,15 +202,3 @@ def _check_shapes(cell: Any, seen: Any, window: int, who: str) -> None:
                 f"array of shape {field.shape} for magnitudes of shape {seen.shape}. "
                 "Pass the state that tx.init made."
             )
-
-
-def _laid_out(treedef: Any, magnitudes: PyTree, state: Any, who: str) -> list[Any]:
-    """The magnitudes in the order of the cells; None where there is no update."""
-    try:
-        return treedef.flatten_up_to(magnitudes)
-    except ValueError:
-        where = _trees.first_difference(state[0], magnitudes, "state", "update")
-        raise ValueError(
-            f"{who}: updates must have the leaves that init saw, {where}. Pass the "
-            "state that tx.init made of these params."
-        ) from None

@@ -1,14 +1,16 @@
 """What a rule is, and the rules that learn nothing: a number, a schedule, parts."""
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from optaxclip import _trees
-from optaxclip._checks import check_number
+from optaxclip import _cells, _trees
+from optaxclip._checks import check_number, is_static_number
 
 PyTree = Any
 Own = Callable[[str], PyTree]
@@ -183,37 +185,39 @@ def parts(values: PyTree, who: str = "bounds.parts: values") -> Bound:
       >>> print({label: float(limit) for label, limit in limits.items()})
       {'hidden': 1.0, 'output': 5.0}
     """
-    rules, treedef = jax.tree.flatten(values, is_leaf=_is_rule)
-    rules = [of(rule, who) for rule in rules]
-
-    def split(magnitudes):
-        if not jax.tree.leaves(magnitudes):
-            return [magnitudes for _ in rules]
-        _trees.spread(treedef.unflatten(range(len(rules))), magnitudes, who)
-        return treedef.flatten_up_to(magnitudes)
+    rules = {
+        path: of(rule, who)
+        for path, rule in jax.tree_util.tree_flatten_with_path(
+            values, is_leaf=_is_rule
+        )[0]
+    }
 
     def init(magnitudes):
-        pairs = zip(rules, split(magnitudes), strict=True)
+        branches = _cells.branches(magnitudes, list(rules), who)
+        pairs = zip(rules.values(), branches, strict=True)
         return joined([rule.init(part) for rule, part in pairs])
 
     def limit(state, magnitudes, own):
         limits, learners = [], []
         states = each(state, len(rules))
-        for i, part in enumerate(split(magnitudes)):
-            found, learn = rules[i].limit(
-                states[i], part, lambda who, i=i: split(own(who))[i]
+        branches = _cells.branches(magnitudes, list(rules), who)
+        for i, (rule, part) in enumerate(zip(rules.values(), branches, strict=True)):
+            found, learn = rule.limit(
+                states[i],
+                part,
+                lambda name, i=i: _cells.branches(own(name), list(rules), who)[i],
             )
             limits.append(found)
             learners.append(learn)
 
         def learn_all(kept):
-            pairs = zip(learners, split(kept), strict=True)
+            branches = _cells.branches(kept, list(rules), who)
+            pairs = zip(learners, branches, strict=True)
             return joined([learn(part) for learn, part in pairs])
 
-        laid = treedef.unflatten(limits) if jax.tree.leaves(magnitudes) else magnitudes
-        return laid, learn_all
+        return _cells.put_together(limits, magnitudes), learn_all
 
-    return Bound(init, limit, largest_window(rules))
+    return Bound(init, limit, largest_window(rules.values()))
 
 
 def refuse_no_state(state: PyTree, who: str) -> None:
@@ -251,20 +255,45 @@ def _is_rule(node: Any) -> bool:
 
 def _limits(value: PyTree, magnitudes: PyTree, who: str) -> PyTree:
     """Lays numbers over magnitudes, in their dtype, none below 0."""
+    arrays = _cells.of(magnitudes).arrays
+    single = jax.tree_util.all_leaves([value])
+    values = None if single else _cells.laid(value, magnitudes, who)
+    if values is None:
+        shared: dict[Any, Any] = {}
+        laid = []
+        for m in arrays:
+            if m is not None and m.dtype not in shared:
+                shared[m.dtype] = _limit(value, m, who)
+            laid.append(None if m is None else shared[m.dtype])
+        return _cells.like(magnitudes, laid)
+    if len(arrays) != len(values):  # a vector
+        numbers = [_limit(math.inf if v is None else v, arrays[0], who) for v in values]
+        return _cells.like(magnitudes, [_stacked(numbers)])
+    laid = [None if m is None else _limit(v, m, who) for v, m in zip(values, arrays)]
+    return _cells.like(magnitudes, laid)
 
-    def lay(number, magnitude):
-        limit = jnp.maximum(cast(number, magnitude), 0)
-        shape = magnitude.shape
-        if limit.ndim and jnp.broadcast_shapes(limit.shape, shape) != shape:
-            function, argument = who.split(": ")
-            raise ValueError(
-                f"{function}: {argument} must be a scalar or fit the magnitudes, got "
-                f"shape {limit.shape} for magnitudes of shape {shape}. Pass one number "
-                "per leaf."
-            )
-        return limit
 
-    return jax.tree.map(lay, _trees.spread(value, magnitudes, who), magnitudes)
+def _stacked(numbers: list[Any]) -> Any:
+    static = all(isinstance(n, np.ndarray | np.generic) for n in numbers)
+    return np.stack(numbers) if static else jnp.stack(numbers)
+
+
+def _limit(value: Any, magnitude: jax.Array, who: str) -> Any:
+    """A number in the dtype of the magnitudes, static if it is, at least 0."""
+    if is_static_number(value):
+        most = float(jnp.finfo(magnitude.dtype).max)
+        value = float(value) if value <= most else math.inf
+        return np.asarray(max(value, 0.0), magnitude.dtype)
+    limit = jnp.maximum(cast(value, magnitude), 0)
+    shape = magnitude.shape
+    if limit.ndim and jnp.broadcast_shapes(limit.shape, shape) != shape:
+        function, argument = who.split(": ")
+        raise ValueError(
+            f"{function}: {argument} must be a scalar or fit the magnitudes, got "
+            f"shape {limit.shape} for magnitudes of shape {shape}. Pass one number "
+            "per leaf."
+        )
+    return limit
 
 
 def cast(number: jax.typing.ArrayLike, like: jax.Array) -> jax.Array:

@@ -1,0 +1,152 @@
+"""Many small arrays as one, for a GPU: one reduction or one operand for all of them.
+
+XLA fuses the padding and the concatenation into the kernel that reads the result, which
+so reads each array in place. Of arrays that are split over devices it would exchange
+the parts instead; where it may split them each is taken by itself.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from optaxclip._compat import enable_x64, may_be_partitioned
+
+_TILE = 1024  # elements that are added up at once
+_TOGETHER = 32  # arrays in one; XLA writes concatenations of more than 64 to memory
+
+Arrays = Sequence[jax.Array]
+
+
+def sums(arrays: Arrays) -> jax.Array:
+    """The sum of the squares of each array: a vector of float64."""
+    each = lambda xs: jnp.stack([float64_sum(x, None) for x in xs])
+    return _unless_split(_in_tiles, each, arrays)
+
+
+def unit_norms(arrays: Arrays, axes: Sequence[tuple[int, ...]]) -> list[jax.Array]:
+    """The Euclidean norms over some axes of each array, kept with length 1."""
+    each = lambda xs: [
+        root(float64_sum(x, a)) for x, a in zip(xs, axes, strict=True)
+    ]
+    return _unless_split(functools.partial(_beside, axes), each, arrays)
+
+
+def cut_out(arrays: Arrays) -> list[jax.Array]:
+    """The same arrays, all cut out of one vector."""
+    return _unless_split(_cut, list, arrays)
+
+
+@functools.partial(jax.jit, static_argnums=1)  # traced and lowered once for each shape
+def float64_sum(x: jax.Array, axes: tuple[int, ...] | None) -> jax.Array:
+    """The sum of squares in float64; over all axes, or some that are kept."""
+    with enable_x64(True):
+        y = lax.convert_element_type(x, jnp.float64)
+        return jnp.sum(y * y, axis=axes, keepdims=axes is not None)
+
+
+def root(sums: jax.Array) -> jax.Array:
+    """The root of sums of squares in float64, as float32."""
+    with enable_x64(True):
+        return lax.convert_element_type(jnp.sqrt(sums), jnp.float32)
+
+
+def by_cell(values: jax.Array, cells: tuple[tuple[int, ...], int]) -> jax.Array:
+    """Adds up along the last axis what belongs to the same cell.
+
+    Args:
+      values: one for each array, along the last axis.
+      cells: the cell of each array, and the number of cells.
+    """
+    owner, count = cells
+    if owner == tuple(range(count)):
+        return values
+    if count == 1:
+        return jnp.sum(values, axis=-1, keepdims=True)
+    mine = np.arange(count)[:, None] == np.asarray(owner)
+    chosen = jnp.where(mine, values[..., None, :], np.zeros((), values.dtype))
+    return jnp.sum(chosen, axis=-1)
+
+
+def _unless_split(joint: Callable, each: Callable, arrays: Arrays) -> Any:
+    """Calls the first function; the second if the compiler may split the arrays."""
+    specs = [getattr(jax.typeof(x).sharding, "spec", ()) for x in arrays]
+    if any(any(spec) for spec in specs):  # they are split, by explicit sharding
+        return each(list(arrays))
+    return lax.cond(may_be_partitioned(), each, joint, list(arrays))
+
+
+def _in_tiles(arrays: Arrays) -> jax.Array:
+    found = []
+    with enable_x64(True):
+        for group in _groups([range(len(arrays))]):
+            counts = [-(-arrays[i].size // _TILE) for i in group]
+            tiles = [
+                _padded(arrays[i].reshape(-1), [n * _TILE]).reshape(n, _TILE)
+                for i, n in zip(group, counts, strict=True)
+            ]
+            wide = lax.convert_element_type(_joined(tiles), jnp.float64)
+            by_tile = jnp.sum(wide * wide, axis=1)
+            owner = tuple(np.repeat(np.arange(len(group)), counts).tolist())
+            found.append(by_cell(by_tile, (owner, len(group))))
+        return jnp.concatenate(found)
+
+
+def _beside(axes: Sequence[tuple[int, ...]], arrays: Arrays) -> list[jax.Array]:
+    """Arrays of about the same size as matrices whose columns are units, one a layer."""
+    found: list[Any] = [None] * len(arrays)
+    matrices = [_as_matrix(x, a) for x, a in zip(arrays, axes, strict=True)]
+    alike: dict[Any, list[int]] = {}
+    for i, x in enumerate(matrices):
+        alike.setdefault(tuple(n.bit_length() for n in x.shape), []).append(i)
+    with enable_x64(True):
+        for group in _groups(alike.values()):
+            size = [max(matrices[i].shape[d] for i in group) for d in (0, 1)]
+            layers = [_padded(matrices[i], size)[None] for i in group]
+            wide = lax.convert_element_type(_joined(layers), jnp.float64)
+            norms = root(jnp.sum(wide * wide, axis=1))
+            for layer, i in enumerate(group):
+                x, units = arrays[i], matrices[i].shape[1]
+                shape = [1 if d in axes[i] else n for d, n in enumerate(x.shape)]
+                found[i] = norms[layer, :units].reshape(shape)
+    return found
+
+
+def _cut(arrays: Arrays) -> list[jax.Array]:
+    found = []
+    for group in _groups([range(len(arrays))]):
+        flat = [arrays[i].reshape(-1) for i in group]
+        found.append(lax.optimization_barrier(_joined(flat)))
+    joint = lax.optimization_barrier(_joined(found))
+    parts = jnp.split(joint, np.cumsum([x.size for x in arrays])[:-1].tolist())
+    return [p.reshape(x.shape) for p, x in zip(parts, arrays, strict=True)]
+
+
+def _groups(alike: Iterable[Sequence[int]]) -> list[Sequence[int]]:
+    """Cuts sequences into pieces that are not too long for one concatenation."""
+    return [
+        some[first : first + _TOGETHER]
+        for some in alike
+        for first in range(0, len(some), _TOGETHER)
+    ]
+
+
+def _as_matrix(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    kept = [d for d in range(x.ndim) if d not in axes]
+    rows = int(np.prod([x.shape[d] for d in axes]))
+    return x.transpose([*axes, *kept]).reshape(rows, -1)
+
+
+def _padded(x: jax.Array, shape: Sequence[int]) -> jax.Array:
+    """The array with zeros behind it along each axis."""
+    widths = [(0, most - n, 0) for n, most in zip(x.shape, shape, strict=True)]
+    return lax.pad(x, np.zeros((), x.dtype), widths)
+
+
+def _joined(arrays: Arrays) -> jax.Array:
+    """Concatenates arrays of float32 or narrower in float32."""
+    return jnp.concatenate([x.astype(jnp.float32) for x in arrays])
