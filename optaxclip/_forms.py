@@ -42,6 +42,7 @@ compiled for a described H100 and TPU v5e; nothing was run):
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -56,6 +57,7 @@ from optaxclip._tiles import by_cell, float64_sum, root
 
 SMALL_ON_CPU, SMALL = 2**14, 2**16  # elements of the largest array that counts as small
 _BLOCK = 128
+_SHORT = 64  # elements of the largest unit that is measured with others in one read
 # In each dtype the scales of three sums, and the sums of squares that have neither
 # overflowed nor lost more than the last bits, of up to 2^37 elements.
 _SCALES = {"float32": (1, 2.0**-68, 2.0**80), "float64": (1, 2.0**-520, 2.0**640)}
@@ -136,14 +138,15 @@ def units_on_cpu(
 
 def whole_on_gpu(arrays: Arrays, kinds: Kinds) -> jax.Array:
     """Three sums; of small arrays from float64, many in one reduction."""
-    parts = [_gpu_total([arrays[i] for i in some], cells) for some, cells, _ in kinds]
-    return _root(_joined(parts, kinds))
+    joint = functools.partial(_gpu_joint, kinds=kinds)
+    each = functools.partial(_gpu_each, kinds=kinds)
+    return _tiles.unless_split(joint, each, arrays)
 
 
 def units_on_gpu(
     arrays: Arrays, axes: Sequence[Axes], over: Sequence[Names]
 ) -> list[jax.Array]:
-    """Three sums; of small arrays that are whole float64, many in one reduction."""
+    """Sums in float64; of many small arrays that are whole in one reduction."""
     found: list[Any] = [None] * len(arrays)
     joint = [i for i, x in enumerate(arrays) if _is_small(x, SMALL) and not over[i]]
     for alike in _by_type(arrays, joint):
@@ -151,10 +154,10 @@ def units_on_gpu(
         for i, norm in zip(alike, norms, strict=True):
             found[i] = norm
     rest = [i for i, norm in enumerate(found) if norm is None]
-    some = lambda values: [values[i] for i in rest]
-    norms = units_by_scales(some(arrays), some(axes), some(over)) if rest else []
-    for i, norm in zip(rest, norms, strict=True):
-        found[i] = norm
+    sums = [float64_sum(arrays[i], axes[i]) for i in rest]
+    sums = over_devices(sums, [over[i] for i in rest], lax.psum)
+    for i, s in zip(rest, sums, strict=True):
+        found[i] = root(s)
     return found
 
 
@@ -172,7 +175,12 @@ def units_by_scales(
     arrays: Arrays, axes: Sequence[Axes], over: Sequence[Names]
 ) -> list[jax.Array]:
     """Three sums: for TPUs, and for float64 on every platform."""
-    sums = [_three_sums(x, a) for x, a in zip(arrays, axes, strict=True)]
+    sums = []
+    for x, a in zip(arrays, axes, strict=True):
+        each = lambda x, a=a: _three_sums(x, a)
+        joint = lambda x, a=a: _three_sums(x, a, joint=True)
+        short = not _is_small(x, SMALL) and math.prod(x.shape[i] for i in a) <= _SHORT
+        sums.append(_tiles.unless_split(joint, each, x) if short else each(x))
     return [_root(s) for s in over_devices(sums, over, lax.psum)]
 
 
@@ -246,28 +254,51 @@ def _cpu_total(arrays: Arrays, cells: tuple[tuple[int, ...], int]) -> jax.Array:
     return lax.cond(off, again, lambda given: given[2], given)
 
 
-def _gpu_total(arrays: Arrays, cells: tuple[tuple[int, ...], int]) -> jax.Array:
-    small, large = _by_size(arrays)
-    found = [_scaled(_tiles.sums([arrays[i] for i in small]))] if small else []
-    if large:
-        found.append(jnp.stack([_three_sums(arrays[i], None) for i in large], axis=1))
-    sums, order = jnp.concatenate(found, axis=1), np.argsort(small + large)
-    if (order[1:] < order[:-1]).any():
-        sums = sums[:, order]
-    return by_cell(sums, cells)
+def _gpu_joint(arrays: Arrays, kinds: Kinds) -> jax.Array:
+    parts = []
+    for some, cells, _ in kinds:
+        small, large = _by_size([arrays[i] for i in some])
+        found = []
+        if small:
+            found.append(_scaled(_tiles.sums([arrays[some[i]] for i in small])))
+        if large:
+            sums = [_three_sums(arrays[some[i]], None, joint=True) for i in large]
+            found.append(jnp.stack(sums, axis=1))
+        sums, order = jnp.concatenate(found, axis=1), np.argsort(small + large)
+        if (order[1:] < order[:-1]).any():
+            sums = sums[:, order]
+        parts.append(by_cell(sums, cells))
+    return _root(_joined(parts, kinds))
 
 
-def _three_sums(x: jax.Array, axes: Axes) -> jax.Array:
-    """The sums of the squares of the values times each scale, along a first axis."""
+def _gpu_each(arrays: Arrays, kinds: Kinds) -> jax.Array:
+    with enable_x64(True):
+        sums = [float64_sum(x, None) for x in arrays]
+        parts = [by_cell(stacked([sums[i] for i in some]), c) for some, c, _ in kinds]
+        return root(_joined(parts, kinds))
+
+
+def _three_sums(x: jax.Array, axes: Axes, joint: bool = False) -> Any:
+    """The sums of the squares of the values times each scale, along a first axis.
+
+    Of a large array they are three reductions that XLA fuses; or one with three
+    results, `joint`, which is the same work in fewer kernels, and where units are many
+    and short it is one read instead of three, but it must not be partitioned.
+    """
     x = x.astype(_trees.widest(x.dtype))
     keep, axes = axes is not None, tuple(range(x.ndim)) if axes is None else axes
     scales = np.asarray(_SCALES[x.dtype.name], x.dtype)
     if _is_small(x, SMALL):
         y = x[None] * scales.reshape(3, *[1] * x.ndim)
         return jnp.sum(y * y, axis=tuple(a + 1 for a in axes), keepdims=keep)
-    return jnp.stack(
-        [jnp.sum(lax.square(x * s), axis=axes, keepdims=keep) for s in scales]
-    )
+    squares = [lax.square(x * s) for s in scales]
+    if joint:
+        add = lambda a, b: tuple(jnp.add(p, q) for p, q in zip(a, b, strict=True))
+        each = lax.reduce(tuple(squares), (np.zeros((), x.dtype),) * 3, add, axes)
+        each = [jnp.expand_dims(s, axes) if keep else s for s in each]
+    else:
+        each = [jnp.sum(y, axis=axes, keepdims=keep) for y in squares]
+    return jnp.stack(each)
 
 
 def _scaled(exact: jax.Array) -> jax.Array:
@@ -278,12 +309,13 @@ def _scaled(exact: jax.Array) -> jax.Array:
         return lax.convert_element_type(three, jnp.float32)
 
 
-def _root(sums: jax.Array) -> jax.Array:
+def _root(sums: Any) -> jax.Array:
     """The norm, of the one of three sums that has lost nothing."""
-    (low, high), (_, down, up) = _SAFE[sums.dtype.name], _SCALES[sums.dtype.name]
+    dtype = sums[0].dtype
+    (low, high), (_, down, up) = _SAFE[dtype.name], _SCALES[dtype.name]
     large, small = sums[0] > high, sums[0] < low
     choose = lambda a, b, c: jnp.where(large, b, jnp.where(small, c, a))
-    back = np.asarray([1, 1 / down, 1 / up], sums.dtype)
+    back = np.asarray([1, 1 / down, 1 / up], dtype)
     return jnp.sqrt(choose(*sums)) * choose(*back)
 
 

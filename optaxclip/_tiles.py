@@ -22,23 +22,40 @@ _TOGETHER = 32  # arrays in one; XLA writes concatenations of more than 64 to me
 Arrays = Sequence[jax.Array]
 
 
+def unless_split(joint: Callable, each: Callable, arrays: Any) -> Any:
+    """Calls the first function; the second if the compiler may split the arrays."""
+    kinds = [jax.typeof(x).sharding for x in jax.tree.leaves(arrays)]
+    if any(any(getattr(kind, "spec", ())) for kind in kinds):  # by explicit sharding
+        return each(arrays)
+    return lax.cond(may_be_partitioned(), each, joint, arrays)
+
+
 def sums(arrays: Arrays) -> jax.Array:
-    """The sum of the squares of each array: a vector of float64."""
-    each = lambda xs: jnp.stack([float64_sum(x, None) for x in xs])
-    return _unless_split(_in_tiles, each, arrays)
+    """The sum of the squares of each array that is not split: a vector of float64."""
+    found = []
+    with enable_x64(True):
+        for group in _groups([range(len(arrays))]):
+            counts = [-(-arrays[i].size // _TILE) for i in group]
+            tiles = [
+                _padded(arrays[i].reshape(-1), [n * _TILE]).reshape(n, _TILE)
+                for i, n in zip(group, counts, strict=True)
+            ]
+            wide = lax.convert_element_type(_joined(tiles), jnp.float64)
+            by_tile = jnp.sum(wide * wide, axis=1)
+            owner = tuple(np.repeat(np.arange(len(group)), counts).tolist())
+            found.append(by_cell(by_tile, (owner, len(group))))
+        return jnp.concatenate(found)
 
 
 def unit_norms(arrays: Arrays, axes: Sequence[tuple[int, ...]]) -> list[jax.Array]:
     """The Euclidean norms over some axes of each array, kept with length 1."""
-    each = lambda xs: [
-        root(float64_sum(x, a)) for x, a in zip(xs, axes, strict=True)
-    ]
-    return _unless_split(functools.partial(_beside, axes), each, arrays)
+    each = lambda xs: [root(float64_sum(x, a)) for x, a in zip(xs, axes, strict=True)]
+    return unless_split(functools.partial(_beside, axes), each, arrays)
 
 
 def cut_out(arrays: Arrays) -> list[jax.Array]:
     """The same arrays, all cut out of one vector."""
-    return _unless_split(_cut, list, arrays)
+    return unless_split(_cut, list, arrays)
 
 
 @functools.partial(jax.jit, static_argnums=1)  # traced and lowered once for each shape
@@ -70,30 +87,6 @@ def by_cell(values: jax.Array, cells: tuple[tuple[int, ...], int]) -> jax.Array:
     mine = np.arange(count)[:, None] == np.asarray(owner)
     chosen = jnp.where(mine, values[..., None, :], np.zeros((), values.dtype))
     return jnp.sum(chosen, axis=-1)
-
-
-def _unless_split(joint: Callable, each: Callable, arrays: Arrays) -> Any:
-    """Calls the first function; the second if the compiler may split the arrays."""
-    specs = [getattr(jax.typeof(x).sharding, "spec", ()) for x in arrays]
-    if any(any(spec) for spec in specs):  # they are split, by explicit sharding
-        return each(list(arrays))
-    return lax.cond(may_be_partitioned(), each, joint, list(arrays))
-
-
-def _in_tiles(arrays: Arrays) -> jax.Array:
-    found = []
-    with enable_x64(True):
-        for group in _groups([range(len(arrays))]):
-            counts = [-(-arrays[i].size // _TILE) for i in group]
-            tiles = [
-                _padded(arrays[i].reshape(-1), [n * _TILE]).reshape(n, _TILE)
-                for i, n in zip(group, counts, strict=True)
-            ]
-            wide = lax.convert_element_type(_joined(tiles), jnp.float64)
-            by_tile = jnp.sum(wide * wide, axis=1)
-            owner = tuple(np.repeat(np.arange(len(group)), counts).tolist())
-            found.append(by_cell(by_tile, (owner, len(group))))
-        return jnp.concatenate(found)
 
 
 def _beside(axes: Sequence[tuple[int, ...]], arrays: Arrays) -> list[jax.Array]:
