@@ -99,7 +99,9 @@ def entries(vector: jax.Array, places: Sequence[int]) -> list[jax.Array]:
         return _by_platform(same, spread, same, vector)
     by_operand = functools.partial(_by_operand, places=places)
     fenced = functools.partial(_fenced, places=places)
-    return _by_platform(by_operand, fenced, lambda v: [v[i] for i in places], vector)
+    return _by_platform(
+        by_operand, fenced, functools.partial(_picked, places=places), vector
+    )
 
 
 def together(arrays: Arrays) -> list[jax.Array]:
@@ -202,8 +204,8 @@ def stacked(values: Sequence[jax.Array], axis: int = 0) -> jax.Array:
     if len(values) <= _BLOCK:
         return jnp.stack(values, axis)
     blocks = [list(values[i : i + _BLOCK]) for i in range(0, len(values), _BLOCK)]
-    fenced = [jnp.stack(lax.optimization_barrier(block), axis) for block in blocks]
-    return jnp.concatenate(fenced, axis)
+    stacks = lax.optimization_barrier([jnp.stack(block, axis) for block in blocks])
+    return jnp.concatenate(stacks, axis)
 
 
 def _by_platform(cpu: Callable, gpu: Callable, other: Callable, given: Any) -> Any:
@@ -278,6 +280,7 @@ def _gpu_each(arrays: Arrays, kinds: Kinds) -> jax.Array:
         return root(_joined(parts, kinds))
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))  # traced once for each shape
 def _three_sums(x: jax.Array, axes: Axes, joint: bool = False) -> Any:
     """The sums of the squares of the values times each scale, along a first axis.
 
@@ -309,6 +312,7 @@ def _scaled(exact: jax.Array) -> jax.Array:
         return lax.convert_element_type(three, jnp.float32)
 
 
+@jax.jit
 def _root(sums: Any) -> jax.Array:
     """The norm, of the one of three sums that has lost nothing."""
     dtype = sums[0].dtype
@@ -334,17 +338,25 @@ def _is_small(x: jax.Array, most: int) -> bool:
 
 
 def _fenced(vector: jax.Array, places: Sequence[int]) -> list[jax.Array]:
-    vector = lax.optimization_barrier(vector)
-    return [vector[i] for i in places]
+    return _picked(lax.optimization_barrier(vector), places)
+
+
+def _picked(vector: jax.Array, places: Sequence[int]) -> list[jax.Array]:
+    return [lax.squeeze(lax.slice(vector, [i], [i + 1]), [0]) for i in places]
 
 
 def _by_operand(vector: jax.Array, places: Sequence[int]) -> list[jax.Array]:
     # Two numbers each: a single one would be folded into the kernel that uses it.
     pairs = [np.asarray([i, len(vector)], np.uint32) for i in places]
     return [
-        lax.dynamic_slice(vector, [pair[0]], [1])[0]
+        lax.squeeze(_dynamic_entry(vector, pair), [0])
         for pair in lax.optimization_barrier(pairs)
     ]
+
+
+@jax.jit
+def _dynamic_entry(vector: jax.Array, pair: jax.Array) -> jax.Array:
+    return lax.dynamic_slice(vector, [pair[0]], [1])
 
 
 def _cut_out(arrays: Arrays) -> list[jax.Array]:

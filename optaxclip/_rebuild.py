@@ -2,10 +2,11 @@
 
 Every function here is one of arrays, and static itself:
 
-    new_arrays = put(arrays, seen, kept, alone)
+    new_arrays = put(arrays, seen, targets, alone, raises)
 
-`seen`, `kept` and `alone` are the magnitudes, the new ones, and whether a cell is to be
-left alone, as a list of arrays of cells (`optaxclip._cells`).
+with lists of arrays of cells (`optaxclip._cells`): `seen` are the magnitudes, `targets`
+what they become where `alone` is not set, and whether that may be more. What is done array by array is jitted by
+itself, so that it is traced once for each shape and not once for each array.
 """
 
 import functools
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from optaxclip import _cells, _forms, _trees
+from optaxclip import _cells, _forms, _trees, shapes
 from optaxclip._numerics import quotient
 
 PyTree = Any
@@ -39,7 +40,7 @@ class Rebuild(NamedTuple):
     def __call__(self, kept: PyTree, alone: PyTree) -> PyTree:
         """Returns the updates with their new magnitudes."""
         cells = [_cells.measured(c) for c in (self.seen, kept, alone)]
-        return self.part.replace(self.put(self.part.arrays, *cells))
+        return self.part.replace(self.put(self.part.arrays, *cells, True))
 
     def bent(self, shape: Callable, limits: PyTree) -> tuple[PyTree, PyTree]:
         """Returns the updates and their magnitudes, bent at the limits by a shape."""
@@ -55,9 +56,28 @@ def _bent(shape, put, arrays, seen, limits):
         spread = iter(_forms.entries(limits, range(len(arrays))))
         spread = [x if x is None else next(spread) for x in seen.arrays]
         limits = _cells.like(seen, spread)
-    kept = jax.tree.map(functools.partial(_new_magnitude, shape), seen, limits)
-    alone = jax.tree.map(_left_alone, seen, limits, kept)
-    return put(arrays, *(_cells.measured(c) for c in (seen, kept, alone))), kept
+    bend = functools.partial(_bend, shape)
+    pairs = zip(_cells.measured(seen), _cells.measured(limits), strict=True)
+    found = [bend(m, c) for m, c in pairs]
+    kept, targets, alone = ([f[i] for f in found] for i in range(3))
+    filled = iter(kept)
+    kept = [x if x is None else next(filled) for x in seen.arrays]
+    raises = shape is not shapes.hard
+    arrays = put(arrays, _cells.measured(seen), targets, alone, raises)
+    return arrays, _cells.like(seen, kept)
+
+
+@functools.partial(jax.jit, static_argnums=0)  # traced once for each shape and dtype
+def _bend(shape, magnitude, limit):
+    """The new magnitude, what it is where it changes, and where it does not."""
+    free = limit == jnp.inf
+    if shape is shapes.hard:  # that of nearly every clip, in the fewest operations
+        target = jnp.broadcast_to(limit, magnitude.shape)
+        alone = lax.le(magnitude, target) | free
+        return lax.min(magnitude, target), target, alone
+    finite = jnp.minimum(limit, jnp.finfo(magnitude.dtype).max)
+    kept = jnp.where(free, magnitude, shape(magnitude, finite))
+    return kept, kept, ((kept == magnitude) & (magnitude < jnp.inf)) | free
 
 
 def _shared(limits):
@@ -69,15 +89,6 @@ def _shared(limits):
     return first if all(other is first for other in others) else limits
 
 
-def _new_magnitude(shape, magnitude, limit):
-    finite = jnp.minimum(limit, jnp.finfo(magnitude.dtype).max)
-    return jnp.where(limit == jnp.inf, magnitude, shape(magnitude, finite))
-
-
-def _left_alone(magnitude, limit, kept):
-    return ((kept == magnitude) & (magnitude < jnp.inf)) | (limit == jnp.inf)
-
-
 class Rescaled(NamedTuple):
     """Multiplies each array by the factor of its cell.
 
@@ -87,10 +98,87 @@ class Rescaled(NamedTuple):
 
     owner: tuple[int, ...]
 
-    def __call__(self, arrays: Arrays, seen, kept, alone) -> list[jax.Array]:
+    def __call__(self, arrays: Arrays, seen, targets, alone, raises) -> list[jax.Array]:
         """Returns `where(factor == 1, u, u * factor)`: an idle clip writes nothing."""
-        new, old = _terms(seen[0], kept[0], alone[0])
+        new, old = _terms(seen[0], targets[0], alone[0], raises)
         return list(_rescaled(tuple(arrays), new, old, self.owner))
+
+
+def units_rescaled(arrays: Arrays, seen, targets, alone, raises) -> list[jax.Array]:
+    """Multiplies the units of each array by their factors."""
+    cells = zip(seen, targets, alone, strict=True)
+    terms = [_terms(*cell, raises) for cell in cells]
+    new, old = (tuple(side) for side in zip(*terms)) if terms else ((), ())
+    return list(_rescaled(tuple(arrays), new, old, None))
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _terms(seen: jax.Array, target: jax.Array, alone: jax.Array, raises: bool):
+    """What multiplies and what divides a cell: 1 if alone, NaN if not finite.
+
+    Their quotient is left to the last: XLA computes it once, but would repeat whatever
+    follows it in the kernel of every leaf. It does not overflow.
+    """
+    one = lax.full_like(seen, 1)
+    if raises:
+        seen = jnp.maximum(seen, target / (jnp.finfo(seen.dtype).max / 8))
+    return (
+        lax.select(alone, one, target + (seen - seen)),
+        lax.select(alone, one, seen),
+    )
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
+def _rescaled(arrays, new, old, owner):
+    """Returns `u * (new / old)`.
+
+    The derivative `(new / old) du + (u / old) (dnew - (new / old) dold)` never forms
+    `new / old^2`, which leaves float32 for an old below 1e-19. One rule for all arrays
+    keeps `new` and `old`, of which no kernel but that of the factors has need, out of
+    the program where nothing is differentiated.
+    """
+    factors = jax.tree.map(_factor, new, old)
+    if owner is None:
+        factors = _forms.together(factors)
+    else:
+        factors = _forms.entries(factors, owner)
+    return tuple(_times(u, f) for u, f in zip(arrays, factors, strict=True))
+
+
+@_rescaled.defjvp
+def _rescaled_jvp(owner, primals, tangents):
+    arrays, new, old = primals
+    changes, dnew, dold = tangents
+    factors = jax.tree.map(_factor, new, old)
+    slopes = jax.tree.map(lambda f, dn, do: dn - f * do, factors, dnew, dold)
+    cells = old, factors, slopes
+    if owner is not None:
+        cells = ([c if c.ndim == 0 else c[i] for i in owner] for c in cells)
+    out = []
+    for u, du, o, factor, slope in zip(arrays, changes, *cells, strict=True):
+        dtype = _wide_dtype(u, factor)
+        wide, du, o, factor, slope = (
+            x.astype(dtype) for x in (u, du, o, factor, slope)
+        )
+        out.append((du * factor + quotient(wide, o) * slope).astype(u.dtype))
+    return _rescaled(arrays, new, old, owner), tuple(out)
+
+
+_factor = jax.jit(quotient)
+
+
+@jax.jit
+def _times(u: jax.Array, factor: jax.Array) -> jax.Array:
+    dtype = _wide_dtype(u, factor)
+    scaled = (u.astype(dtype) * factor.astype(dtype)).astype(u.dtype)
+    if factor.ndim:
+        return jnp.where(factor == 1, u, scaled)
+    return lax.select(factor == 1, u, scaled)  # what is u is not written over u
+
+
+def _wide_dtype(u: jax.Array, factor: jax.Array) -> Any:
+    """The dtype in which both are multiplied."""
+    return _trees.widened(u.dtype, _trees.widest(u.dtype, factor.dtype))
 
 
 class Cut(NamedTuple):
@@ -104,83 +192,14 @@ class Cut(NamedTuple):
     owner: tuple[int, ...]
     rescale: bool
 
-    def __call__(self, arrays: Arrays, seen, kept, alone) -> list[jax.Array]:
+    def __call__(self, arrays: Arrays, seen, targets, alone, raises) -> list[jax.Array]:
         """Returns each array with a new modulus where it is beyond the peak."""
+        del raises
         still = alone[0].astype(seen[0].dtype)
-        cells = (_forms.entries(c, self.owner) for c in (seen[0], kept[0], still))
+        cells = (_forms.entries(c, self.owner) for c in (seen[0], targets[0], still))
         return [
             _cut(u, *own, self.rescale) for u, *own in zip(arrays, *cells, strict=True)
         ]
-
-
-def units_rescaled(arrays: Arrays, seen, kept, alone) -> list[jax.Array]:
-    """Multiplies the units of each array by their factors."""
-    terms = [_terms(*cells) for cells in zip(seen, kept, alone, strict=True)]
-    new, old = (tuple(side) for side in zip(*terms)) if terms else ((), ())
-    return list(_rescaled(tuple(arrays), new, old, None))
-
-
-def _terms(seen: jax.Array, kept: jax.Array, alone: jax.Array):
-    """What multiplies and what divides a cell: 1 if alone, NaN if not finite.
-
-    Their quotient is left to the last: XLA computes it once, but would repeat whatever
-    follows it in the kernel of every leaf. Neither it nor its inverse overflows.
-    """
-    largest = jnp.finfo(seen.dtype).max / 8
-    new = jnp.where(alone, jnp.ones_like(seen), kept + (seen - seen))
-    old = jnp.where(alone, jnp.ones_like(seen), jnp.maximum(seen, kept / largest))
-    return new, old
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
-def _rescaled(arrays, new, old, owner):
-    """Returns `u * (new / old)`.
-
-    The derivative `(new / old) du + (u / old) (dnew - (new / old) dold)` never forms
-    `new / old^2`, which leaves float32 for an old below 1e-19. One rule for all arrays
-    keeps `new` and `old`, of which no kernel but that of the factors has need, out of
-    the program where nothing is differentiated.
-    """
-    if owner is None:
-        factors = [quotient(n, o) for n, o in zip(new, old, strict=True)]
-        factors = _forms.together(factors)
-    else:
-        factors = _forms.entries(quotient(new, old), owner)
-    return tuple(_times(u, f) for u, f in zip(arrays, factors, strict=True))
-
-
-@_rescaled.defjvp
-def _rescaled_jvp(owner, primals, tangents):
-    arrays, new, old = primals
-    changes, dnew, dold = tangents
-    factors = jax.tree.map(quotient, new, old)
-    slopes = jax.tree.map(lambda f, dn, do: dn - f * do, factors, dnew, dold)
-    cells = old, factors, slopes
-    if owner is not None:
-        cells = ([c if c.ndim == 0 else c[i] for i in owner] for c in cells)
-    out = []
-    for u, du, o, factor, slope in zip(arrays, changes, *cells, strict=True):
-        (wide, o), (du, factor), slope = (
-            _widened(u, o),
-            _widened(du, factor),
-            _widened(u, slope)[1],
-        )
-        out.append((du * factor + quotient(wide, o) * slope).astype(u.dtype))
-    return _rescaled(arrays, new, old, owner), tuple(out)
-
-
-def _times(u: jax.Array, factor: jax.Array) -> jax.Array:
-    wide, factor = _widened(u, factor)
-    scaled = (wide * factor).astype(u.dtype)
-    if factor.ndim:
-        return jnp.where(factor == 1, u, scaled)
-    return lax.select(factor == 1, u, scaled)  # what is u is not written over u
-
-
-def _widened(u: jax.Array, factor: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Both in the dtype in which they are multiplied."""
-    dtype = _trees.widened(u.dtype, _trees.widest(u.dtype, factor.dtype))
-    return u.astype(dtype), factor.astype(dtype)
 
 
 @functools.partial(jax.jit, inline=True)
@@ -200,45 +219,53 @@ def sides(arrays: Arrays) -> tuple[list[jax.Array], list[jax.Array]]:
     )
 
 
-def turned(arrays: Arrays, seen, kept, alone) -> list[jax.Array]:
+def turned(arrays: Arrays, seen, targets, alone, raises) -> list[jax.Array]:
     """Gives every element its new modulus, and the sign or the phase that it had."""
-    cells = zip(arrays, seen, kept, alone, strict=True)
+    del raises
+    cells = zip(arrays, seen, targets, alone, strict=True)
     return [_turn(*cell) for cell in cells]
 
 
-def turned_by_side(arrays: Arrays, seen, kept, alone) -> list[jax.Array]:
+def turned_by_side(arrays: Arrays, seen, targets, alone, raises) -> list[jax.Array]:
     """Gives every element its new distance from zero on the side where it is."""
-    del seen
+    del seen, raises
     count = len(arrays)
-    out = []
-    for i, u in enumerate(arrays):
-        wide = u.astype(kept[i].dtype)
-        size = jnp.where(wide < 0, kept[i], kept[count + i])
-        new = (jnp.sign(wide) * size).astype(u.dtype)
-        out.append(jnp.where(alone[i] & alone[count + i], u, new))
-    return out
+    cells = zip(targets, targets[count:], alone, alone[count:])
+    return [_turn_by_side(u, *c) for u, c in zip(arrays, cells, strict=True)]
 
 
+@jax.jit
 def _modulus(u: jax.Array) -> jax.Array:
     return jnp.abs(u if jnp.iscomplexobj(u) else u.astype(_trees.widest(u.dtype)))
 
 
-def _turn(u, seen, kept, alone):
+@jax.jit
+def _turn(u, seen, target, alone):
     if jnp.iscomplexobj(u):
-        factor = quotient(*_terms(seen, kept, alone))
-        return jnp.where(alone, u, u * factor.astype(u.dtype))
-    new = jnp.sign(u.astype(seen.dtype)) * kept
-    return jnp.where(alone, u, new.astype(u.dtype))
+        factor = _factor(*_terms(seen, target, alone, True))
+        return lax.select(alone, u, u * factor.astype(u.dtype))
+    new = lax.sign(u.astype(seen.dtype)) * target
+    return lax.select(alone, u, new.astype(u.dtype))
 
 
-def _cut(u, seen, kept, still, rescale):
+@jax.jit
+def _turn_by_side(u, low, high, still_low, still_high):
+    wide = u.astype(low.dtype)
+    new = lax.sign(wide) * jnp.where(wide < 0, low, high)
+    return lax.select(still_low & still_high, u, new.astype(u.dtype))
+
+
+@functools.partial(jax.jit, static_argnums=4)
+def _cut(u, seen, target, still, rescale):
     """Gives the elements beyond the new peak, and the peak itself, a new modulus."""
     modulus = _modulus(u)
-    beyond = ~(modulus <= kept) | (modulus == seen)  # all of them if kept is NaN
+    beyond = ~(modulus <= target) | (modulus == seen)  # all of them if it is NaN
     alone = (still == 1) | (jnp.isfinite(seen) & ~beyond)
-    new = kept + (seen - seen)  # NaN if the peak is not finite
+    new = target + (seen - seen)  # NaN if the peak is not finite
     if not rescale:
         return _turn(u, modulus, lax.full_like(modulus, new), alone)
-    factor = quotient(new, jnp.where(seen > 0, seen, 1))
-    wide, factor = _widened(u, factor)
-    return jnp.where(alone, u, (wide * factor).astype(u.dtype))
+    largest = jnp.finfo(seen.dtype).max / 8
+    factor = _factor(new, jnp.where(seen > 0, jnp.maximum(seen, new / largest), 1))
+    dtype = _wide_dtype(u, factor)
+    scaled = u.astype(dtype) * factor.astype(dtype)
+    return jnp.where(alone, u, scaled.astype(u.dtype))

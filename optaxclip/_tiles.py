@@ -6,6 +6,7 @@ the parts instead; where it may split them each is taken by itself.
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -35,13 +36,10 @@ def sums(arrays: Arrays) -> jax.Array:
     found = []
     with enable_x64(True):
         for group in _groups([range(len(arrays))]):
-            counts = [-(-arrays[i].size // _TILE) for i in group]
-            tiles = [
-                _padded(arrays[i].reshape(-1), [n * _TILE]).reshape(n, _TILE)
-                for i, n in zip(group, counts, strict=True)
-            ]
-            wide = lax.convert_element_type(_joined(tiles), jnp.float64)
+            tiles = [_in_tiles(arrays[i]) for i in group]
+            wide = lax.convert_element_type(jnp.concatenate(tiles), jnp.float64)
             by_tile = jnp.sum(wide * wide, axis=1)
+            counts = [len(t) for t in tiles]
             owner = tuple(np.repeat(np.arange(len(group)), counts).tolist())
             found.append(by_cell(by_tile, (owner, len(group))))
         return jnp.concatenate(found)
@@ -66,6 +64,7 @@ def float64_sum(x: jax.Array, axes: tuple[int, ...] | None) -> jax.Array:
         return jnp.sum(y * y, axis=axes, keepdims=axes is not None)
 
 
+@jax.jit
 def root(sums: jax.Array) -> jax.Array:
     """The root of sums of squares in float64, as float32."""
     with enable_x64(True):
@@ -90,33 +89,33 @@ def by_cell(values: jax.Array, cells: tuple[tuple[int, ...], int]) -> jax.Array:
 
 
 def _beside(axes: Sequence[tuple[int, ...]], arrays: Arrays) -> list[jax.Array]:
-    """Arrays of about the same size as matrices whose columns are units, one a layer."""
+    """Norms of columns, of matrices of about the same size one behind the other."""
     found: list[Any] = [None] * len(arrays)
-    matrices = [_as_matrix(x, a) for x, a in zip(arrays, axes, strict=True)]
+    sizes = [_matrix_size(x.shape, a) for x, a in zip(arrays, axes, strict=True)]
     alike: dict[Any, list[int]] = {}
-    for i, x in enumerate(matrices):
-        alike.setdefault(tuple(n.bit_length() for n in x.shape), []).append(i)
+    for i, size in enumerate(sizes):
+        alike.setdefault(tuple(n.bit_length() for n in size), []).append(i)
     with enable_x64(True):
         for group in _groups(alike.values()):
-            size = [max(matrices[i].shape[d] for i in group) for d in (0, 1)]
-            layers = [_padded(matrices[i], size)[None] for i in group]
-            wide = lax.convert_element_type(_joined(layers), jnp.float64)
+            size = tuple(max(sizes[i][d] for i in group) for d in (0, 1))
+            layers = [_as_layer(arrays[i], axes[i], size) for i in group]
+            wide = lax.convert_element_type(jnp.concatenate(layers), jnp.float64)
             norms = root(jnp.sum(wide * wide, axis=1))
             for layer, i in enumerate(group):
-                x, units = arrays[i], matrices[i].shape[1]
-                shape = [1 if d in axes[i] else n for d, n in enumerate(x.shape)]
-                found[i] = norms[layer, :units].reshape(shape)
+                kept = [1 if d in axes[i] else n for d, n in enumerate(arrays[i].shape)]
+                found[i] = _row(norms, layer, sizes[i][1]).reshape(kept)
     return found
 
 
 def _cut(arrays: Arrays) -> list[jax.Array]:
     found = []
     for group in _groups([range(len(arrays))]):
-        flat = [arrays[i].reshape(-1) for i in group]
-        found.append(lax.optimization_barrier(_joined(flat)))
-    joint = lax.optimization_barrier(_joined(found))
-    parts = jnp.split(joint, np.cumsum([x.size for x in arrays])[:-1].tolist())
-    return [p.reshape(x.shape) for p, x in zip(parts, arrays, strict=True)]
+        flat = [lax.reshape(arrays[i], (arrays[i].size,)) for i in group]
+        found.append(lax.optimization_barrier(jnp.concatenate(flat)))
+    joint = lax.optimization_barrier(jnp.concatenate(found))
+    ends = np.cumsum([x.size for x in arrays]).tolist()
+    parts = [lax.slice(joint, [e - x.size], [e]) for e, x in zip(ends, arrays)]
+    return [lax.reshape(p, x.shape) for p, x in zip(parts, arrays, strict=True)]
 
 
 def _groups(alike: Iterable[Sequence[int]]) -> list[Sequence[int]]:
@@ -128,18 +127,31 @@ def _groups(alike: Iterable[Sequence[int]]) -> list[Sequence[int]]:
     ]
 
 
-def _as_matrix(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+def _matrix_size(shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, int]:
+    rows = math.prod(shape[d] for d in axes)
+    return rows, math.prod(shape) // rows
+
+
+# What follows is traced once for each shape, and not once for each array.
+
+
+@jax.jit
+def _in_tiles(x: jax.Array) -> jax.Array:
+    rows = -(-x.size // _TILE)
+    flat = lax.reshape(x.astype(jnp.float32), (x.size,))
+    padded = lax.pad(flat, np.float32(0), [(0, rows * _TILE - x.size, 0)])
+    return padded.reshape(rows, _TILE)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _as_layer(x: jax.Array, axes: tuple[int, ...], size: tuple[int, int]) -> jax.Array:
+    """A matrix whose columns are the units, with zeros below and beside it."""
     kept = [d for d in range(x.ndim) if d not in axes]
-    rows = int(np.prod([x.shape[d] for d in axes]))
-    return x.transpose([*axes, *kept]).reshape(rows, -1)
+    rows, columns = _matrix_size(x.shape, axes)
+    matrix = x.astype(jnp.float32).transpose([*axes, *kept]).reshape(rows, columns)
+    widths = [(0, size[0] - rows, 0), (0, size[1] - columns, 0)]
+    return lax.pad(matrix, np.float32(0), widths)[None]
 
 
-def _padded(x: jax.Array, shape: Sequence[int]) -> jax.Array:
-    """The array with zeros behind it along each axis."""
-    widths = [(0, most - n, 0) for n, most in zip(x.shape, shape, strict=True)]
-    return lax.pad(x, np.zeros((), x.dtype), widths)
-
-
-def _joined(arrays: Arrays) -> jax.Array:
-    """Concatenates arrays of float32 or narrower in float32."""
-    return jnp.concatenate([x.astype(jnp.float32) for x in arrays])
+def _row(matrix: jax.Array, row: int, length: int) -> jax.Array:
+    return lax.slice(matrix, [row, 0], [row + 1, length])

@@ -1,5 +1,6 @@
 """Bounds that are made of other bounds."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -64,19 +65,15 @@ def relative(
     if floor is not None:
         check_number(floor, f"{function}: floor")
 
-    def size(own, m):
-        raised = own if floor is None else jnp.maximum(own, cast(floor, own))
-        return raised.astype(m.dtype)
-
-    def scaled(ratio, size):
-        free = (ratio == jnp.inf) | ((size == 0) & (floor is None))
-        return jnp.where(free, jnp.inf, ratio * size)
+    free = floor is None
+    least = 0.0 if free else floor
 
     def limit(state, magnitudes, own):
+        size = lambda own, m: _at_least(own, m, least)
         sizes = jax.tree.map(size, own(function), magnitudes)
         shares = jax.tree.map(_share, magnitudes, sizes)
         ratios, learn = inner.limit(state, shares, own)
-        limits = jax.tree.map(scaled, ratios, sizes)
+        limits = jax.tree.map(lambda r, size: _times(r, size, free), ratios, sizes)
         return limits, lambda kept: learn(jax.tree.map(_share, kept, sizes))
 
     return Bound(inner.init, limit, inner.window)
@@ -327,6 +324,23 @@ def _combination(choose: Callable, values: tuple[BoundLike, ...], who: str) -> B
     return Bound(init, limit, largest_window(rules))
 
 
+# Of units there is an array for each leaf: these are traced once for each shape.
+
+
+@jax.jit
+def _at_least(own: jax.Array, magnitude: jax.Array, least: jax.Array) -> jax.Array:
+    """A size in the dtype of a magnitude, and not below another."""
+    return jnp.maximum(own, cast(least, own)).astype(magnitude.dtype)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _times(ratio: jax.Array, size: jax.Array, free: bool) -> jax.Array:
+    """The share of a size; inf for a ratio of inf, and if free for a size of 0."""
+    unlimited = (ratio == jnp.inf) | (size == 0) if free else ratio == jnp.inf
+    return jnp.where(unlimited, jnp.inf, ratio * size)
+
+
+@jax.jit
 def _share(magnitude: jax.Array, size: jax.Array) -> jax.Array:
     """Magnitude over size; 0, from which no bound learns, where there is no size."""
     ratio = quotient(magnitude, jnp.where(size == 0, 1, size))
