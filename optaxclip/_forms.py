@@ -71,12 +71,22 @@ Names = tuple[str, ...]  # the manual mesh axes that arrays are split over
 Kinds = Sequence[tuple[Sequence[int], tuple[tuple[int, ...], int], Names]]
 
 
-def whole(arrays: Arrays, kinds: Kinds, dtype: Any) -> jax.Array:
-    """Measures a vector of Euclidean norms, of cells of whole real arrays."""
+def whole(
+    arrays: Arrays, kinds: Kinds, dtype: Any, sizes: Sequence[int] | None = None
+) -> jax.Array:
+    """Measures a vector of Euclidean norms, of cells of whole real arrays.
+
+    Args:
+      arrays: the arrays.
+      kinds: which of them vary alike, and their cells.
+      dtype: float32 or float64.
+      sizes: what the sum of squares of each cell is divided by, if it is to be a mean.
+    """
+    given = {"kinds": kinds, "sizes": sizes}
     if dtype == jnp.float64:
-        return whole_by_scales([x.astype(dtype) for x in arrays], kinds)
+        return whole_by_scales([x.astype(dtype) for x in arrays], **given)
     forms = (whole_on_cpu, whole_on_gpu, whole_by_scales)
-    return _by_platform(*(functools.partial(f, kinds=kinds) for f in forms), arrays)
+    return by_platform(*(functools.partial(f, **given) for f in forms), arrays)
 
 
 def units(
@@ -87,7 +97,7 @@ def units(
     if dtype == jnp.float64:
         return units_by_scales([x.astype(dtype) for x in arrays], **given)
     forms = (units_on_cpu, units_on_gpu, units_by_scales)
-    return _by_platform(*(functools.partial(f, **given) for f in forms), arrays)
+    return by_platform(*(functools.partial(f, **given) for f in forms), arrays)
 
 
 def entries(vector: jax.Array, places: Sequence[int]) -> list[jax.Array]:
@@ -96,26 +106,26 @@ def entries(vector: jax.Array, places: Sequence[int]) -> list[jax.Array]:
     if vector.ndim == 0:
         same = lambda v: [v] * count
         spread = lambda v: _fenced(lax.broadcast(v, (count,)), range(count))
-        return _by_platform(same, spread, same, vector)
-    by_operand = functools.partial(_by_operand, places=places)
+        return by_platform(same, spread, same, vector)
+    by_operand = functools.partial(entries_on_cpu, places=places)
     fenced = functools.partial(_fenced, places=places)
-    return _by_platform(
+    return by_platform(
         by_operand, fenced, functools.partial(_picked, places=places), vector
     )
 
 
 def together(arrays: Arrays) -> list[jax.Array]:
     """The same arrays; for a GPU the small ones cut out of one that kernels share."""
-    return _by_platform(list, _cut_out, list, list(arrays))
+    return by_platform(list, _cut_out, list, list(arrays))
 
 
-def whole_on_cpu(arrays: Arrays, kinds: Kinds) -> jax.Array:
+def whole_on_cpu(arrays: Arrays, kinds: Kinds, sizes: Any = None) -> jax.Array:
     """Sums in float64; large arrays in float32, and again if a cell needs it."""
     with enable_x64(True):
         sums = [
             _cpu_total([arrays[i] for i in some], cells) for some, cells, _ in kinds
         ]
-        return root(_joined(sums, kinds))
+        return root(_joined(sums, kinds, sizes))
 
 
 def units_on_cpu(
@@ -138,10 +148,10 @@ def units_on_cpu(
         return [root(s) for s in over_devices(sums, over, lax.psum)]
 
 
-def whole_on_gpu(arrays: Arrays, kinds: Kinds) -> jax.Array:
+def whole_on_gpu(arrays: Arrays, kinds: Kinds, sizes: Any = None) -> jax.Array:
     """Three sums; of small arrays from float64, many in one reduction."""
-    joint = functools.partial(_gpu_joint, kinds=kinds)
-    each = functools.partial(_gpu_each, kinds=kinds)
+    joint = functools.partial(_gpu_joint, kinds=kinds, sizes=sizes)
+    each = functools.partial(_gpu_each, kinds=kinds, sizes=sizes)
     return _tiles.unless_split(joint, each, arrays)
 
 
@@ -163,14 +173,14 @@ def units_on_gpu(
     return found
 
 
-def whole_by_scales(arrays: Arrays, kinds: Kinds) -> jax.Array:
+def whole_by_scales(arrays: Arrays, kinds: Kinds, sizes: Any = None) -> jax.Array:
     """Three sums: for TPUs, and for float64 on every platform."""
     sums = [_three_sums(x, None) for x in arrays]
     parts = [
         by_cell(stacked([sums[i] for i in some], axis=1), cells)
         for some, cells, _ in kinds
     ]
-    return _root(_joined(parts, kinds))
+    return _root(_joined(parts, kinds, sizes))
 
 
 def units_by_scales(
@@ -208,18 +218,19 @@ def stacked(values: Sequence[jax.Array], axis: int = 0) -> jax.Array:
     return jnp.concatenate(stacks, axis)
 
 
-def _by_platform(cpu: Callable, gpu: Callable, other: Callable, given: Any) -> Any:
+def by_platform(cpu: Callable, gpu: Callable, other: Callable, given: Any) -> Any:
     """Calls the function for the platform that the program is lowered for."""
     return lax.platform_dependent(given, cpu=cpu, cuda=gpu, rocm=gpu, default=other)
 
 
-def _joined(parts: Sequence[jax.Array], kinds: Kinds) -> jax.Array:
+def _joined(parts: Sequence[jax.Array], kinds: Kinds, sizes: Any) -> jax.Array:
     """The sum over kinds of arrays, and over the devices that hold parts of them."""
     sums = [
         lax.psum(part, names) if names else part
         for part, (_, _, names) in zip(parts, kinds, strict=True)
     ]
-    return functools.reduce(jnp.add, sums)
+    total = functools.reduce(jnp.add, sums)
+    return total if sizes is None else total / np.asarray(sizes, total.dtype)
 
 
 def _cpu_sums(arrays: Arrays, axes: Sequence[Axes]) -> tuple[list[Any], list[int]]:
@@ -256,7 +267,7 @@ def _cpu_total(arrays: Arrays, cells: tuple[tuple[int, ...], int]) -> jax.Array:
     return lax.cond(off, again, lambda given: given[2], given)
 
 
-def _gpu_joint(arrays: Arrays, kinds: Kinds) -> jax.Array:
+def _gpu_joint(arrays: Arrays, kinds: Kinds, sizes: Any = None) -> jax.Array:
     parts = []
     for some, cells, _ in kinds:
         small, large = _by_size([arrays[i] for i in some])
@@ -270,14 +281,14 @@ def _gpu_joint(arrays: Arrays, kinds: Kinds) -> jax.Array:
         if (order[1:] < order[:-1]).any():
             sums = sums[:, order]
         parts.append(by_cell(sums, cells))
-    return _root(_joined(parts, kinds))
+    return _root(_joined(parts, kinds, sizes))
 
 
-def _gpu_each(arrays: Arrays, kinds: Kinds) -> jax.Array:
+def _gpu_each(arrays: Arrays, kinds: Kinds, sizes: Any = None) -> jax.Array:
     with enable_x64(True):
         sums = [float64_sum(x, None) for x in arrays]
         parts = [by_cell(stacked([sums[i] for i in some]), c) for some, c, _ in kinds]
-        return root(_joined(parts, kinds))
+        return root(_joined(parts, kinds, sizes))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))  # traced once for each shape
@@ -345,7 +356,8 @@ def _picked(vector: jax.Array, places: Sequence[int]) -> list[jax.Array]:
     return [lax.squeeze(lax.slice(vector, [i], [i + 1]), [0]) for i in places]
 
 
-def _by_operand(vector: jax.Array, places: Sequence[int]) -> list[jax.Array]:
+def entries_on_cpu(vector: jax.Array, places: Sequence[int]) -> list[jax.Array]:
+    """Entries of a vector, of which the kernels that use them are alike."""
     # Two numbers each: a single one would be folded into the kernel that uses it.
     pairs = [np.asarray([i, len(vector)], np.uint32) for i in places]
     return [

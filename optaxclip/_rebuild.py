@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from optaxclip import _cells, _forms, _trees, shapes
+from optaxclip._compat import enable_x64
 from optaxclip._numerics import quotient
 
 PyTree = Any
@@ -94,14 +95,17 @@ class Rescaled(NamedTuple):
 
     Attributes:
       owner: for each array, its cell.
+      exact: whether the factor is rounded on a CPU only with the result, for norms of
+        single arrays that are what they should be to the last bit.
     """
 
     owner: tuple[int, ...]
+    exact: bool = False
 
     def __call__(self, arrays: Arrays, seen, targets, alone, raises) -> list[jax.Array]:
         """Returns `where(factor == 1, u, u * factor)`: an idle clip writes nothing."""
         new, old = _terms(seen[0], targets[0], alone[0], raises)
-        return list(_rescaled(tuple(arrays), new, old, self.owner))
+        return list(_rescaled(tuple(arrays), new, old, self.owner, self.exact))
 
 
 def units_rescaled(arrays: Arrays, seen, targets, alone, raises) -> list[jax.Array]:
@@ -109,7 +113,7 @@ def units_rescaled(arrays: Arrays, seen, targets, alone, raises) -> list[jax.Arr
     cells = zip(seen, targets, alone, strict=True)
     terms = [_terms(*cell, raises) for cell in cells]
     new, old = (tuple(side) for side in zip(*terms)) if terms else ((), ())
-    return list(_rescaled(tuple(arrays), new, old, None))
+    return list(_rescaled(tuple(arrays), new, old, None, False))
 
 
 @functools.partial(jax.jit, static_argnums=3)
@@ -128,8 +132,8 @@ def _terms(seen: jax.Array, target: jax.Array, alone: jax.Array, raises: bool):
     )
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
-def _rescaled(arrays, new, old, owner):
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
+def _rescaled(arrays, new, old, owner, exact):
     """Returns `u * (new / old)`.
 
     The derivative `(new / old) du + (u / old) (dnew - (new / old) dold)` never forms
@@ -137,16 +141,32 @@ def _rescaled(arrays, new, old, owner):
     keeps `new` and `old`, of which no kernel but that of the factors has need, out of
     the program where nothing is differentiated.
     """
-    factors = jax.tree.map(_factor, new, old)
     if owner is None:
-        factors = _forms.together(factors)
-    else:
-        factors = _forms.entries(factors, owner)
+        factors = _forms.together([_factor(*both) for both in zip(new, old)])
+        return tuple(_times(u, f) for u, f in zip(arrays, factors, strict=True))
+    if not exact or new.dtype == jnp.float64 or not arrays:
+        return _scaled(owner, (arrays, new, old))
+    by_float64 = functools.partial(_scaled_by_float64, owner)
+    plainly = functools.partial(_scaled, owner)
+    return _forms.by_platform(by_float64, plainly, plainly, (arrays, new, old))
+
+
+def _scaled(owner, given):
+    arrays, new, old = given
+    factors = _forms.entries(_factor(new, old), owner)
     return tuple(_times(u, f) for u, f in zip(arrays, factors, strict=True))
 
 
+def _scaled_by_float64(owner, given):
+    arrays, new, old = given
+    with enable_x64(True):
+        new, old = (lax.convert_element_type(x, jnp.float64) for x in (new, old))
+        factors = _forms.entries_on_cpu(_factor(new, old), owner)
+        return tuple(_times(u, f) for u, f in zip(arrays, factors, strict=True))
+
+
 @_rescaled.defjvp
-def _rescaled_jvp(owner, primals, tangents):
+def _rescaled_jvp(owner, exact, primals, tangents):
     arrays, new, old = primals
     changes, dnew, dold = tangents
     factors = jax.tree.map(_factor, new, old)
@@ -161,7 +181,7 @@ def _rescaled_jvp(owner, primals, tangents):
             x.astype(dtype) for x in (u, du, o, factor, slope)
         )
         out.append((du * factor + quotient(wide, o) * slope).astype(u.dtype))
-    return _rescaled(arrays, new, old, owner), tuple(out)
+    return _rescaled(arrays, new, old, owner, exact), tuple(out)
 
 
 _factor = jax.jit(quotient)
@@ -170,7 +190,8 @@ _factor = jax.jit(quotient)
 @jax.jit
 def _times(u: jax.Array, factor: jax.Array) -> jax.Array:
     dtype = _wide_dtype(u, factor)
-    scaled = (u.astype(dtype) * factor.astype(dtype)).astype(u.dtype)
+    wide, factor = (lax.convert_element_type(x, dtype) for x in (u, factor))
+    scaled = lax.convert_element_type(wide * factor, u.dtype)
     if factor.ndim:
         return jnp.where(factor == 1, u, scaled)
     return lax.select(factor == 1, u, scaled)  # what is u is not written over u

@@ -161,8 +161,10 @@ class Whole(NamedTuple):
             for (names, _), members in sorted(alike.items())
         ]
 
-    def euclidean(self, arrays: Sequence[jax.Array], dtype: Any) -> jax.Array:
-        """The Euclidean norm of each cell."""
+    def euclidean(
+        self, arrays: Sequence[jax.Array], dtype: Any, mean: bool
+    ) -> jax.Array:
+        """The Euclidean norm of each cell, or the root of the mean of the squares."""
         full = [i for i, x in enumerate(arrays) if not _is_empty(x)]
         if not full:
             return jnp.zeros(self.count, dtype)
@@ -171,14 +173,22 @@ class Whole(NamedTuple):
             owner=tuple(self.owner[i] for i in full),
         )
         given = [_real(arrays[i]) for i in full]
-        return _forms.whole(given, some.kinds(given), dtype)
+        sizes = self.sizes(arrays) if mean else None
+        if mean and not all(isinstance(size, int) for size in sizes):  # symbolic
+            norms = _forms.whole(given, some.kinds(given), dtype)
+            return self.divided(norms, _roots(sizes, dtype))
+        return _forms.whole(given, some.kinds(given), dtype, sizes)
 
-    def roots_of_sizes(self, arrays: Sequence[jax.Array], dtype: Any) -> jax.Array:
-        """The root of the number of elements of each cell, on all devices."""
+    def sizes(self, arrays: Sequence[jax.Array]) -> list[Any]:
+        """The number of elements of each cell on all devices, at least 1."""
         sizes: list[Any] = [0] * self.count
         for i, x in enumerate(arrays):
             sizes[self.owner[i]] += x.size * _mesh.size(self.over[i])
-        return _forms.stacked([_root(size, dtype) for size in sizes])
+        return [max(size, 1) if isinstance(size, int) else size for size in sizes]
+
+    def divided(self, cells: jax.Array, by: list[jax.Array]) -> jax.Array:
+        """Each cell over a number of its own."""
+        return cells / _forms.stacked(by)
 
 
 class Units(NamedTuple):
@@ -204,8 +214,10 @@ class Units(NamedTuple):
         """The same over all devices."""
         return _forms.over_devices(values, self.over, how.across)
 
-    def euclidean(self, arrays: Sequence[jax.Array], dtype: Any) -> list[jax.Array]:
-        """The Euclidean norm of each unit."""
+    def euclidean(
+        self, arrays: Sequence[jax.Array], dtype: Any, mean: bool
+    ) -> list[jax.Array]:
+        """The Euclidean norm of each unit, or the root of the mean of the squares."""
         full = [i for i, x in enumerate(arrays) if not _is_empty(x)]
         norms = [
             jnp.zeros([1 if d in a else n for d, n in enumerate(x.shape)], dtype)
@@ -218,15 +230,21 @@ class Units(NamedTuple):
             found = _forms.units(given, some(self.reduced), over, dtype)
             for i, norm in zip(full, found, strict=True):
                 norms[i] = norm
-        return norms
+        if not mean:
+            return norms
+        return self.divided(norms, _roots(self.sizes(arrays), dtype))
 
-    def roots_of_sizes(self, arrays: Sequence[jax.Array], dtype: Any) -> list[Any]:
-        """The root of the number of elements of a unit, on all devices."""
+    def sizes(self, arrays: Sequence[jax.Array]) -> list[Any]:
+        """The number of elements of a unit of each array, on all devices; at least 1."""
         sizes = [
             _mesh.size(over) * math.prod(x.shape[a] for a in axes)
             for x, over, axes in zip(arrays, self.over, self.reduced)
         ]
-        return [_root(size, dtype) for size in sizes]
+        return [max(size, 1) if isinstance(size, int) else size for size in sizes]
+
+    def divided(self, cells: list[jax.Array], by: list[jax.Array]) -> list[jax.Array]:
+        """The cells of each array over a number of its own."""
+        return [c / b for c, b in zip(cells, by, strict=True)]
 
 
 class _How(NamedTuple):
@@ -294,11 +312,8 @@ def _norms(arrays, cells, p):
     dtype = _trees.widest(*(x.dtype for x in arrays))
     if not arrays:
         return jnp.zeros(cells.count, dtype) if isinstance(cells, Whole) else []
-    if p == 2:
-        return cells.euclidean(arrays, dtype)
-    if p == "rms":
-        sizes = cells.roots_of_sizes(arrays, dtype)
-        return jax.tree.map(jnp.divide, cells.euclidean(arrays, dtype), sizes)
+    if p in (2, "rms"):
+        return cells.euclidean(arrays, dtype, mean=p == "rms")
     moduli = [_modulus(x, dtype) for x in arrays]
     if p == 1:
         return cells.combined(
@@ -346,9 +361,8 @@ def _norms_jvp(cells, p, primals, tangents):
         return found, jax.tree.map(jnp.zeros_like, found)
     changes = cells.combined(changes, _SUM)
     if p == "rms":
-        dtype = _trees.widest(*(x.dtype for x in arrays))
-        roots = cells.roots_of_sizes(arrays, dtype)
-        changes = jax.tree.map(lambda c, root: c / root / root, changes, roots)
+        roots = _roots(cells.sizes(arrays), _trees.widest(*(x.dtype for x in arrays)))
+        changes = cells.divided(cells.divided(changes, roots), roots)
     if ties:  # moduli that tie for the largest share the derivative
         ties = cells.combined(ties, _SUM)
         changes = jax.tree.map(lambda c, t: c / jnp.maximum(t, 1), changes, ties)
@@ -393,11 +407,15 @@ def _is_empty(x):
     return isinstance(x.size, int) and x.size == 0
 
 
-def _root(size, dtype):
-    """The root of a number of elements, which may be symbolic."""
-    if isinstance(size, int):
-        return jnp.asarray(np.sqrt(np.float64(max(size, 1))), dtype)
-    return jnp.sqrt(jnp.maximum(jnp.asarray(size).astype(dtype), 1))
+def _roots(sizes, dtype):
+    """The roots of numbers of elements, which may be symbolic."""
+
+    def root(size):
+        if isinstance(size, int):
+            return jnp.asarray(np.sqrt(np.float64(size)), dtype)
+        return jnp.sqrt(jnp.maximum(jnp.asarray(size).astype(dtype), 1))
+
+    return [root(size) for size in sizes]
 
 
 def _sum(x, axis):

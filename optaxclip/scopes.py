@@ -194,7 +194,7 @@ def leaf(ord: float | str | None = None) -> Scope:
         places, count = _cells.places_of(part)
         seen = norms.measure(part.arrays, over, places, count, ord)
         cells = _cells.of_leaves("vector", part, [seen])
-        return cells, Rebuild(part, cells, _rebuild.Rescaled(tuple(places)))
+        return cells, Rebuild(part, cells, _rebuild.Rescaled(tuple(places), True))
 
     return Scope(split)
 

@@ -681,5 +681,22 @@ def applied(tx, updates, params=None, jit=True, state="init"):
     return {name: out[name] for name in updates} if isinstance(updates, dict) else out
 
 
+def as_tree(cells):
+    """Cells in the tree of their places, or by label; None where none is measured."""
+    places = cells.places
+    if places.form == "one":
+        return cells.arrays[0]
+    measured = places.measured
+    arrays = cells.arrays
+    if places.form == "vector":
+        (vector,) = arrays
+        assert vector.shape == (len(measured),)
+        arrays = [vector[i] for i in range(len(measured))]
+    pairs = zip(arrays, measured, strict=True)
+    found = iter([array if yes else None for array, yes in pairs])
+    leaves = [optax.MaskedNode() if c is None else next(found) for c in places.counts]
+    return places.treedef.unflatten(leaves)
+
+
 def eps(dtype):
     return float(jnp.finfo(dtype).eps)

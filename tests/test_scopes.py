@@ -3,7 +3,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from tables import as_tree
 
 import optaxclip
 from optaxclip import clip_by, scopes, shapes
@@ -17,7 +19,7 @@ UPDATES = {
 
 
 def magnitudes(scope, updates=UPDATES):
-    return scope.split(updates, None)[0]
+    return as_tree(scope.split(updates, None)[0])
 
 
 def assert_tree(got, want):
@@ -68,6 +70,18 @@ def test_leaf():
     )
 
 
+@pytest.mark.parametrize("make", [scopes.leaf, scopes.peak])
+def test_a_leaf_that_is_not_measured_has_the_entry_zero(make):
+    shown = {**UPDATES, "hidden": optax.MaskedNode(), "head": None}
+    cells, _ = make().split(shown, None)
+    (vector,) = cells.arrays
+    assert cells.places.measured == [True, True, False, False]
+    assert vector.shape == (4,) and vector.dtype == jnp.float32
+    np.testing.assert_array_equal(vector[2:], [0, 0])
+    assert magnitudes(make(), shown)["head"] is None
+    assert magnitudes(make(), shown)["hidden"] == optax.MaskedNode()
+
+
 def test_group_takes_a_prefix_or_a_callable():
     labels = {"cell": "hidden", "head": "output", "step": "output"}
     want = {"hidden": np.sqrt(30.0), "output": 10.0}
@@ -85,8 +99,9 @@ def test_a_label_without_leaves_has_magnitude_zero():
 
 def test_tree_measures_or_takes_what_is_known():
     assert_tree(magnitudes(scopes.tree()), np.sqrt(130.0))
-    assert float(scopes.tree().split(UPDATES, 3.0)[0]) == 3.0
-    assert scopes.tree().split(UPDATES, jnp.bfloat16(3))[0].dtype == jnp.float32
+    known = lambda norm: as_tree(scopes.tree().split(UPDATES, norm)[0])
+    assert float(known(3.0)) == 3.0
+    assert known(jnp.bfloat16(3)).dtype == jnp.float32
 
 
 @pytest.mark.parametrize("bad", [-1.0, jnp.ones(2), "5", True])
