@@ -4,9 +4,9 @@ Every function here is one of arrays, and static itself:
 
     new_arrays = put(arrays, seen, targets, alone, raises)
 
-with lists of arrays of cells (`optaxclip._cells`): `seen` are the magnitudes, `targets`
-what they become where `alone` is not set, and whether that may be more. What is done array by array is jitted by
-itself, so that it is traced once for each shape and not once for each array.
+with lists of arrays of cells (`optaxclip._cells`): the magnitudes, what they become
+where `alone` is not set, and whether that may be more. What is done array by array is
+jitted by itself, so that it is traced once for each shape and not for each array.
 """
 
 import functools

@@ -15,7 +15,7 @@ PyTree = Any
 def choose_state(
     run: Callable[[], tuple[PyTree, PyTree]],
     before: PyTree,
-    choose: Callable[[Any, Any], Any],
+    choose: Callable[[int, Any, Any], Any],
     *,
     traced: bool,
     who: str,
@@ -32,7 +32,8 @@ def choose_state(
     Args:
       run: the update; it is staged, and its equations are evaluated one by one.
       before: the state before it.
-      choose: `(new, old) -> leaf`, of the same shape and dtype as the new leaf.
+      choose: `(i, new, old) -> leaf` for the i-th leaf of the state, of the same shape
+        and dtype as the new leaf.
       traced: whether this is traced code. Elsewhere nothing is gained.
       who: "function: argument" of the transformation, for messages.
 
@@ -45,7 +46,10 @@ def choose_state(
     if not traced:
         updates, after = run()
         _check_structure(before, after, who)
-        return updates, jax.tree.map(choose, after, before)
+        leaves, treedef = jax.tree.flatten(after)
+        pairs = enumerate(zip(leaves, jax.tree.leaves(before), strict=True))
+        chosen = [choose(i, new, old) for i, (new, old) in pairs]
+        return updates, jax.tree.unflatten(treedef, chosen)
     closed, (updates, after) = jax.make_jaxpr(run, return_shape=True)()
     _check_structure(before, after, who)
     jaxpr, treedef = closed.jaxpr, jax.tree.structure((updates, after))
@@ -54,8 +58,8 @@ def choose_state(
     # By identity, for what is no variable, a literal, is given back as well. No
     # derivative of the updates flows back by the state that is not left.
     held = {
-        id(var): lax.stop_gradient(x)
-        for var, x in zip(jaxpr.outvars[count:], old, strict=True)
+        id(var): (i, lax.stop_gradient(x))
+        for i, (var, x) in enumerate(zip(jaxpr.outvars[count:], old, strict=True))
     }
     new, chosen = {}, {}
 
@@ -64,7 +68,10 @@ def choose_state(
 
     def write(var, value):
         new[var] = value
-        chosen[var] = choose(value, held[id(var)]) if id(var) in held else value
+        chosen[var] = value
+        if id(var) in held:
+            i, x = held[id(var)]
+            chosen[var] = choose(i, value, x)
 
     for var, value in zip(jaxpr.constvars, closed.consts, strict=True):
         write(var, value)
@@ -74,7 +81,10 @@ def choose_state(
         for var, value in zip(eqn.outvars, found, strict=True):
             write(var, value)
     made = [read(var, chosen) for var in jaxpr.outvars[:count]]
-    stored = [choose(read(var, new), x) for var, x in zip(jaxpr.outvars[count:], old)]
+    stored = [
+        choose(i, read(var, new), x)
+        for i, (var, x) in enumerate(zip(jaxpr.outvars[count:], old, strict=True))
+    ]
     return jax.tree.unflatten(treedef, made + stored)
 
 

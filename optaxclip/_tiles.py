@@ -16,11 +16,17 @@ import numpy as np
 from jax import lax
 
 from optaxclip._compat import enable_x64, may_be_partitioned
+from optaxclip._sums import (
+    Arrays,
+    by_cell,
+    by_size,
+    by_type,
+    float64_sum,
+    root_of_float64,
+)
 
 _TILE = 1024  # elements that are added up at once
 _TOGETHER = 32  # arrays in one; XLA writes concatenations of more than 64 to memory
-
-Arrays = Sequence[jax.Array]
 
 
 def unless_split(joint: Callable, each: Callable, arrays: Any) -> Any:
@@ -47,45 +53,21 @@ def sums(arrays: Arrays) -> jax.Array:
 
 def unit_norms(arrays: Arrays, axes: Sequence[tuple[int, ...]]) -> list[jax.Array]:
     """The Euclidean norms over some axes of each array, kept with length 1."""
-    each = lambda xs: [root(float64_sum(x, a)) for x, a in zip(xs, axes, strict=True)]
+    each = lambda xs: [
+        root_of_float64(float64_sum(x, a)) for x, a in zip(xs, axes, strict=True)
+    ]
     return unless_split(functools.partial(_beside, axes), each, arrays)
 
 
 def cut_out(arrays: Arrays) -> list[jax.Array]:
-    """The same arrays, all cut out of one vector."""
-    return unless_split(_cut, list, arrays)
-
-
-@functools.partial(jax.jit, static_argnums=1)  # traced and lowered once for each shape
-def float64_sum(x: jax.Array, axes: tuple[int, ...] | None) -> jax.Array:
-    """The sum of squares in float64; over all axes, or some that are kept."""
-    with enable_x64(True):
-        y = lax.convert_element_type(x, jnp.float64)
-        return jnp.sum(y * y, axis=axes, keepdims=axes is not None)
-
-
-@jax.jit
-def root(sums: jax.Array) -> jax.Array:
-    """The root of sums of squares in float64, as float32."""
-    with enable_x64(True):
-        return lax.convert_element_type(jnp.sqrt(sums), jnp.float32)
-
-
-def by_cell(values: jax.Array, cells: tuple[tuple[int, ...], int]) -> jax.Array:
-    """Adds up along the last axis what belongs to the same cell.
-
-    Args:
-      values: one for each array, along the last axis.
-      cells: the cell of each array, and the number of cells.
-    """
-    owner, count = cells
-    if owner == tuple(range(count)):
-        return values
-    if count == 1:
-        return jnp.sum(values, axis=-1, keepdims=True)
-    mine = np.arange(count)[:, None] == np.asarray(owner)
-    chosen = jnp.where(mine, values[..., None, :], np.zeros((), values.dtype))
-    return jnp.sum(chosen, axis=-1)
+    """The same arrays; the small ones that vary alike are cut out of one vector."""
+    found = list(arrays)
+    small = [i for i in by_size(arrays)[0] if arrays[i].dtype == jnp.float32]
+    for alike in by_type(arrays, small):
+        cut = unless_split(_cut, list, [arrays[i] for i in alike])
+        for i, x in zip(alike, cut, strict=True):
+            found[i] = x
+    return found
 
 
 def _beside(axes: Sequence[tuple[int, ...]], arrays: Arrays) -> list[jax.Array]:
@@ -100,7 +82,7 @@ def _beside(axes: Sequence[tuple[int, ...]], arrays: Arrays) -> list[jax.Array]:
             size = tuple(max(sizes[i][d] for i in group) for d in (0, 1))
             layers = [_as_layer(arrays[i], axes[i], size) for i in group]
             wide = lax.convert_element_type(jnp.concatenate(layers), jnp.float64)
-            norms = root(jnp.sum(wide * wide, axis=1))
+            norms = root_of_float64(jnp.sum(wide * wide, axis=1))
             for layer, i in enumerate(group):
                 kept = [1 if d in axes[i] else n for d, n in enumerate(arrays[i].shape)]
                 found[i] = _row(norms, layer, sizes[i][1]).reshape(kept)

@@ -212,7 +212,7 @@ def _as_array(leaf: Any) -> Any:
 
 
 def _typed_like(new: jax.Array, old: jax.Array) -> jax.Array:
-    new = new.astype(old.dtype)
+    new = new if new.dtype == old.dtype else new.astype(old.dtype)
     if jax.typeof(old).weak_type and not jax.typeof(new).weak_type:
         # No function of the public API makes a traced value weakly typed again.
         new = convert_element_type_p.bind(

@@ -21,10 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from optaxclip import _forms, _mesh, _trees
+from optaxclip import _forms, _mesh, _sums, _trees
 from optaxclip import axes as axes_
 from optaxclip._numerics import quotient
-from optaxclip._tiles import by_cell
+from optaxclip._sums import by_cell
 
 
 def tree_norm(
@@ -146,11 +146,11 @@ class Whole(NamedTuple):
         """One value for each cell, of one for each array, over all devices."""
         found = []
         for members, cells, names in self.kinds(values):
-            some = how.by_cell(_forms.stacked([values[i] for i in members]), cells)
+            some = how.by_cell(_sums.stacked([values[i] for i in members]), cells)
             found.append(how.across(some, names) if names else some)
         return functools.reduce(how.two, found)
 
-    def kinds(self, arrays: Sequence[jax.Array]) -> _forms.Kinds:
+    def kinds(self, arrays: Sequence[jax.Array]) -> _sums.Kinds:
         """Arrays that vary alike: members, their cells, the axes to sum over."""
         alike: dict[Any, list[int]] = {}
         for i, x in enumerate(arrays):
@@ -188,7 +188,7 @@ class Whole(NamedTuple):
 
     def divided(self, cells: jax.Array, by: list[jax.Array]) -> jax.Array:
         """Each cell over a number of its own."""
-        return cells / _forms.stacked(by)
+        return cells / _sums.stacked(by)
 
 
 class Units(NamedTuple):
@@ -212,7 +212,7 @@ class Units(NamedTuple):
 
     def combined(self, values: Sequence[jax.Array], how: "_How") -> list[jax.Array]:
         """The same over all devices."""
-        return _forms.over_devices(values, self.over, how.across)
+        return _sums.over_devices(values, self.over, how.across)
 
     def euclidean(
         self, arrays: Sequence[jax.Array], dtype: Any, mean: bool
@@ -235,7 +235,7 @@ class Units(NamedTuple):
         return self.divided(norms, _roots(self.sizes(arrays), dtype))
 
     def sizes(self, arrays: Sequence[jax.Array]) -> list[Any]:
-        """The number of elements of a unit of each array, on all devices; at least 1."""
+        """The number of elements of a unit of each array, on all devices."""
         sizes = [
             _mesh.size(over) * math.prod(x.shape[a] for a in axes)
             for x, over, axes in zip(arrays, self.over, self.reduced)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from optaxclip import _cells, _forms, _mesh, _trees, norms
+from optaxclip import _cells, _mesh, _sums, _trees, norms
 from optaxclip._numerics import count_if
 
 PyTree = Any
@@ -181,7 +181,7 @@ def _side_by_side(magnitudes: PyTree, values: list[Any]) -> PyTree:
         return values[0]
     dtype = _trees.widest(*(v.dtype for v in values if v is not None))
     filled = [jnp.zeros((), dtype) if v is None else v.astype(dtype) for v in values]
-    return _forms.stacked(filled) if filled else jnp.zeros(0, dtype)
+    return _sums.stacked(filled) if filled else jnp.zeros(0, dtype)
 
 
 def _renewed(magnitudes: PyTree, old: PyTree, values: list[Any]) -> PyTree:

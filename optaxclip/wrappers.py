@@ -11,7 +11,7 @@ import optax
 from jax import lax
 from jax.experimental import checkify
 
-from optaxclip import _cells, _mesh, _trees, bounds, norms, scopes
+from optaxclip import _cells, _forms, _mesh, _trees, bounds, norms, scopes
 from optaxclip._checks import check_count
 from optaxclip._numerics import count_if
 from optaxclip._staged import choose_state
@@ -273,9 +273,15 @@ def skip_steps(
 
         if norm is not None:
             extra_args["norm"] = jnp.where(applied, norm, 0)
+        traced = isinstance(applied, jax.core.Tracer)
+        leaves = max(map(len, map(jax.tree.leaves, (updates, state.inner))))
+        # On a GPU leaves whose flags come out of one vector share their kernels.
+        flags = [applied] * leaves
+        if traced and leaves > 1:
+            flags = _forms.entries(applied, range(leaves))
         run = functools.partial(
             inner.update,
-            _zero_unless(applied, updates),
+            _zero_unless(flags, updates),
             _constant_unless(applied, state.inner),
             _constant_unless(applied, params),
             **extra_args,
@@ -283,11 +289,14 @@ def skip_steps(
         new, after = choose_state(
             run,
             state.inner,
-            functools.partial(_chosen, applied),
-            traced=isinstance(applied, jax.core.Tracer),
+            lambda i, new, old: _chosen(flags[i], new, old),
+            traced=traced,
             who="skip_steps: inner",
         )
-        return jax.tree.map(lambda u: _chosen(applied, u), new), SkipStepsState(
+        out, treedef = jax.tree.flatten(new)
+        flags += [applied] * len(out)
+        out = [_chosen(flag, u) for flag, u in zip(flags, out)]
+        return jax.tree.unflatten(treedef, out), SkipStepsState(
             skipped=count_if(~applied, state.skipped),
             in_a_row=jnp.where(applied, 0, count_if(~applied, state.in_a_row)),
             steps=count_if(True, state.steps),
@@ -298,10 +307,10 @@ def skip_steps(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _zero_unless(flag: jax.Array, tree: PyTree) -> PyTree:
-    """The tree with zeros for its arrays unless the flag is set."""
+def _zero_unless(flags: list[jax.Array], tree: PyTree) -> PyTree:
+    """The tree with zeros for its arrays unless their flags are set."""
     part = _trees.counted(tree)
-    return part.replace([_chosen(flag, x) for x in part.arrays])
+    return part.replace([_chosen(flag, x) for flag, x in zip(flags, part.arrays)])
 
 
 def _constant_unless(flag: jax.Array, tree: PyTree) -> PyTree:
