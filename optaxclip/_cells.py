@@ -48,10 +48,15 @@ class Places(NamedTuple):
 
     def paths(self) -> list[tuple[Any, ...]]:
         """The key path of each place."""
-        first, last, depth = self.part or (0, len(self.counts), 0)
+        first, last, _ = self.part or (0, len(self.counts), 0)
+        pairs = zip(self.all_paths(), self.counts, strict=True)
+        return [path for path, c in pairs if c is not None][first:last]
+
+    def all_paths(self) -> list[tuple[Any, ...]]:
+        """The key path of each leaf of the tree, those that are masked too."""
+        _, _, depth = self.part or (0, 0, 0)
         numbered = self.treedef.unflatten(range(len(self.counts)))
-        pairs = zip(_trees.key_paths(numbered), self.counts, strict=True)
-        return [path[depth:] for path, c in pairs if c is not None][first:last]
+        return [path[depth:] for path in _trees.key_paths(numbered)]
 
 
 @jax.tree_util.register_pytree_node_class
@@ -198,13 +203,16 @@ def restored(magnitudes: PyTree, state: PyTree, who: str) -> list[Any]:
             )
         return [state]
     leaves, have = jax.tree.flatten(state, is_leaf=lambda node: node is None)
-    numbered = stored(cells, list(range(len(cells.arrays))))
-    if have != jax.tree.structure(numbered):
-        where = _trees.first_difference(state, numbered, "state", "update")
-        raise ValueError(
-            f"{who}: updates must have the leaves that init saw, {where}. {fix}"
-        )
-    return leaves
+    wanted = stored(cells, list(range(len(cells.arrays))))
+    if have == jax.tree.structure(wanted):
+        return leaves
+    where = _trees.first_difference(state, wanted, "state", "update")
+    if isinstance(state, tuple) and isinstance(wanted, tuple):
+        names = [_trees.name(path) for path in cells.places.paths()]
+        where = f"got {len(leaves)} arrays for {', '.join(names) or 'no leaves'}"
+    raise ValueError(
+        f"{who}: updates must have the leaves that init saw, {where}. {fix}"
+    )
 
 
 def laid(value: PyTree, magnitudes: PyTree, who: str) -> list[Any]:
@@ -222,7 +230,7 @@ def laid_flat(values: dict[_trees.Path, Any], magnitudes: PyTree, who: str):
     places = of(magnitudes).places
     pairs = list(zip(places.paths(), places.measured, strict=True))
     paths = [path for path, yes in pairs if yes]
-    everywhere = [path for path, _ in pairs]
+    everywhere = places.all_paths()
     found = iter(_trees.spread_over(values, paths, everywhere, who))
     return [next(found) if yes else None for _, yes in pairs]
 

@@ -193,7 +193,8 @@ def units_by_scales(
     for x, a in zip(arrays, axes, strict=True):
         each = lambda x, a=a: three_sums(x, a)
         joint = lambda x, a=a: three_sums(x, a, joint=True)
-        short = not is_small(x, SMALL) and math.prod(x.shape[i] for i in a) <= _SHORT
+        size = math.prod(x.shape[i] for i in a)  # it may be symbolic
+        short = isinstance(size, int) and size <= _SHORT and not is_small(x, SMALL)
         sums.append(_tiles.unless_split(joint, each, x) if short else each(x))
     return [root_of_three(s) for s in over_devices(sums, over, lax.psum)]
 

@@ -73,9 +73,8 @@ def _bend(shape, magnitude, limit):
     """The new magnitude, what it is where it changes, and where it does not."""
     free = limit == jnp.inf
     if shape is shapes.hard:  # that of nearly every clip, in the fewest operations
-        target = jnp.broadcast_to(limit, magnitude.shape)
-        alone = lax.le(magnitude, target) | free
-        return lax.min(magnitude, target), target, alone
+        alone = (magnitude <= limit) | free
+        return jnp.minimum(magnitude, limit), limit, alone
     finite = jnp.minimum(limit, jnp.finfo(magnitude.dtype).max)
     kept = jnp.where(free, magnitude, shape(magnitude, finite))
     return kept, kept, ((kept == magnitude) & (magnitude < jnp.inf)) | free
@@ -285,8 +284,7 @@ def _cut(u, seen, target, still, rescale):
     new = target + (seen - seen)  # NaN if the peak is not finite
     if not rescale:
         return _turn(u, modulus, lax.full_like(modulus, new), alone)
-    largest = jnp.finfo(seen.dtype).max / 8
-    factor = _factor(new, jnp.where(seen > 0, jnp.maximum(seen, new / largest), 1))
+    factor = _factor(*_terms(seen, target, still == 1, True))
     dtype = _wide_dtype(u, factor)
     scaled = u.astype(dtype) * factor.astype(dtype)
     return jnp.where(alone, u, scaled.astype(u.dtype))

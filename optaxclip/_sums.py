@@ -5,6 +5,7 @@ scales, of which one has lost nothing. `optaxclip._forms` chooses.
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -59,6 +60,9 @@ def three_sums(x: jax.Array, axes: Axes, joint: bool = False) -> Any:
     scales = np.asarray(_SCALES[x.dtype.name], x.dtype)
     if is_small(x, SMALL):
         y = x[None] * scales.reshape(3, *[1] * x.ndim)
+        if math.prod(x.shape[a] for a in axes) == 1:
+            # Or XLA multiplies the squares by those of the scales, which overflow.
+            y = lax.optimization_barrier(y)
         return jnp.sum(y * y, axis=tuple(a + 1 for a in axes), keepdims=keep)
     squares = [lax.square(x * s) for s in scales]
     if joint:

@@ -51,7 +51,7 @@ class Record(NamedTuple):
         def zeros():
             arrays = _cells.of(magnitudes).arrays
             if not _cells.are_whole(magnitudes):
-                arrays = [m and jnp.zeros((), m.dtype) for m in arrays]
+                arrays = [None if m is None else jnp.zeros((), m.dtype) for m in arrays]
             found = _side_by_side(magnitudes, arrays)
             return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), found)
 

@@ -1,6 +1,11 @@
 import jax
 import pytest
 
+if not hasattr(jax, "enable_x64"):  # before JAX 0.8
+    from jax.experimental import enable_x64
+
+    jax.enable_x64 = enable_x64
+
 # Eight virtual devices: the laws about sharding need more than one.
 jax.config.update("jax_num_cpu_devices", 8)
 

@@ -9,6 +9,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.tree_util import GetAttrKey, SequenceKey
 from tables import CASES, LEARNED
 
 import optaxclip
@@ -161,21 +162,31 @@ def learning(tracked=None, names=None):
 
 
 def state_specs(tx):
-    """How a state is split: as its leaf, along the dimensions that it has in common."""
-    params = updates(0)
-    of = dict(jax.tree_util.tree_leaves_with_path(params))
+    """How a state is split: as its leaf, along the dimensions that it has in common.
+
+    States of elements have the paths of the params, those of units the number of the
+    leaf; those of whole leaves are vectors or scalars, which every device has.
+    """
+    params = jax.tree_util.tree_leaves_with_path(updates(0))
     split = dict(jax.tree_util.tree_leaves_with_path(SPECS))
 
+    def of_leaf(x, param, spec):
+        extra = x.ndim - param.ndim
+        pairs = zip(spec, x.shape[extra:], param.shape)
+        own = [name if n == whole else None for name, n, whole in pairs]
+        return P(*[None] * extra, *own)
+
     def spec(path, x):
-        for p, param in of.items():
-            extra = x.ndim - param.ndim
-            if path[len(path) - len(p) :] == p and extra >= 0:
-                pairs = zip(split[p], x.shape[extra:], param.shape)
-                own = [name if n == whole else None for name, n, whole in pairs]
-                return P(*[None] * extra, *own)
+        field, last = path[-2:] if len(path) > 1 else (None, None)
+        if isinstance(field, GetAttrKey) and isinstance(last, SequenceKey):
+            p, param = params[last.idx]
+            return of_leaf(x, param, split[p])
+        for p, param in params:
+            if path[len(path) - len(p) :] == p and x.ndim >= param.ndim:
+                return of_leaf(x, param, split[p])
         return P()
 
-    return jax.tree_util.tree_map_with_path(spec, jax.eval_shape(tx.init, params))
+    return jax.tree_util.tree_map_with_path(spec, jax.eval_shape(tx.init, updates(0)))
 
 
 def steps_of(rows):

@@ -18,6 +18,7 @@ import optax
 import optax.transforms
 import pytest
 from flax import nnx
+from tables import as_tree
 
 import optaxclip
 from optaxclip import axes, scopes
@@ -79,7 +80,7 @@ def check_units(params, axis, expected):
     @jax.jit
     def run(params):
         tx = optaxclip.clip_by_unit_norm(0.25, axis=axis)
-        return scopes.unit(axis).split(params, None)[0], tx.update(params, None)[0]
+        return as_tree(scopes.unit(axis).split(params, None)[0]), tx.update(params, None)[0]
 
     seen, clipped = map(by_path, run(params))
     assert list(seen) == list(leaves)
@@ -133,9 +134,10 @@ def test_attention_out_kernel_has_6_units_where_rank_gives_12():
     out = fill(attention_params())["out"]["kernel"]
     assert out.shape == (4, 2, 6)
     assert axes.by_rank("out/kernel", out) == (0,)
-    by_rank, _ = scopes.unit().split({"out": {"kernel": out}}, None)
+    by_rank = as_tree(scopes.unit().split({"out": {"kernel": out}}, None)[0])
     assert by_rank["out"]["kernel"].size == 12
-    named, _ = scopes.unit(axes.flax).split({"out": {"kernel": out}}, None)
+    cells, _ = scopes.unit(axes.flax).split({"out": {"kernel": out}}, None)
+    named = as_tree(cells)
     assert named["out"]["kernel"].shape == (1, 1, 6)
     wanted = norms_by_hand(out, (2,))
     np.testing.assert_allclose(named["out"]["kernel"], wanted, rtol=1e-6)
@@ -144,8 +146,8 @@ def test_attention_out_kernel_has_6_units_where_rank_gives_12():
 def test_conv1d_kernel_has_8_units_where_rank_gives_24():
     params = fill(linen(nn.Conv(8, (5,)), jnp.ones((1, 9, 3))))
     assert params["kernel"].shape == (5, 3, 8)
-    assert scopes.unit().split(params, None)[0]["kernel"].size == 24
-    named, _ = scopes.unit(axes.flax).split(params, None)
+    assert as_tree(scopes.unit().split(params, None)[0])["kernel"].size == 24
+    named = as_tree(scopes.unit(axes.flax).split(params, None)[0])
     assert named["kernel"].shape == (1, 1, 8)
     wanted = norms_by_hand(params["kernel"], (2,))
     np.testing.assert_allclose(named["kernel"], wanted, rtol=1e-6)
@@ -177,10 +179,12 @@ class Stack(nn.Module):
 def test_scanned_dense_has_24_units_and_none_across_layers_where_rank_gives_30():
     stack = fill(np.zeros((4, 5, 6)))
     params = {"layers": {"Dense_0": {"kernel": stack}}}
-    across = scopes.unit().split(params, None)[0]["layers"]["Dense_0"]["kernel"]
+    cells = as_tree(scopes.unit().split(params, None)[0])
+    across = cells["layers"]["Dense_0"]["kernel"]
     assert across.size == 30
     choose = axes.stacked(axes.flax, where="layers/")
-    units = scopes.unit(choose).split(params, None)[0]["layers"]["Dense_0"]["kernel"]
+    cells = as_tree(scopes.unit(choose).split(params, None)[0])
+    units = cells["layers"]["Dense_0"]["kernel"]
     assert units.shape == (4, 1, 6)
     wanted = np.stack([norms_by_hand(layer, (1,)) for layer in stack])
     np.testing.assert_allclose(units, wanted, rtol=1e-6)
@@ -229,7 +233,9 @@ def test_both_lstm_layouts_have_the_same_units():
     def kernel_units(cell):
         params = nnx_params(lambda: cell(3, 5, rngs=nnx.Rngs(0)))
         seen = by_path(
-            jax.eval_shape(lambda p: scopes.unit(axes.flax).split(p, None)[0], params)
+            jax.eval_shape(
+                lambda p: as_tree(scopes.unit(axes.flax).split(p, None)[0]), params
+            )
         )
         return sum(m.size for path, m in seen.items() if "kernel" in path)
 
@@ -652,7 +658,7 @@ def test_the_order_of_axes_does_not_matter():
 
 def test_no_axes_make_every_element_a_unit():
     x = {"w": jnp.array([[3.0, -4.0]]), "s": jnp.array(-2.0)}
-    seen, _ = scopes.unit(()).split(x, None)
+    seen = as_tree(scopes.unit(()).split(x, None)[0])
     assert seen["w"].tolist() == [[3.0, 4.0]]
     assert float(seen["s"]) == 2.0
 

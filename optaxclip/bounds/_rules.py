@@ -255,21 +255,25 @@ def _is_rule(node: Any) -> bool:
 
 def _limits(value: PyTree, magnitudes: PyTree, who: str) -> PyTree:
     """Lays numbers over magnitudes, in their dtype, none below 0."""
-    arrays = _cells.of(magnitudes).arrays
-    single = jax.tree_util.all_leaves([value])
-    values = None if single else _cells.laid(value, magnitudes, who)
-    if values is None:
-        shared: dict[Any, Any] = {}
-        laid = []
-        for m in arrays:
-            if m is not None and m.dtype not in shared:
-                shared[m.dtype] = _limit(value, m, who)
-            laid.append(None if m is None else shared[m.dtype])
+    cells = _cells.of(magnitudes)
+    arrays, vector = cells.arrays, cells.places.form == "vector"
+    if not jax.tree_util.all_leaves([value]):
+        values = _cells.laid(value, magnitudes, who)
+    elif vector:
+        return _cells.like(magnitudes, [_limit(value, arrays[0], (), who)])
+    elif np.ndim(value):
+        values = [value] * len(arrays)
+    else:
+        shared = {m.dtype: m for m in arrays if m is not None}
+        shared = {t: _limit(value, m, (), who) for t, m in shared.items()}
+        laid = [None if m is None else shared[m.dtype] for m in arrays]
         return _cells.like(magnitudes, laid)
-    if len(arrays) != len(values):  # a vector
-        numbers = [_limit(math.inf if v is None else v, arrays[0], who) for v in values]
+    if vector:
+        values = [math.inf if v is None else v for v in values]
+        numbers = [_limit(v, arrays[0], (), who) for v in values]
         return _cells.like(magnitudes, [_stacked(numbers)])
-    laid = [None if m is None else _limit(v, m, who) for v, m in zip(values, arrays)]
+    pairs = zip(values, arrays, strict=True)
+    laid = [None if m is None else _limit(v, m, m.shape, who) for v, m in pairs]
     return _cells.like(magnitudes, laid)
 
 
@@ -278,14 +282,17 @@ def _stacked(numbers: list[Any]) -> Any:
     return np.stack(numbers) if static else jnp.stack(numbers)
 
 
-def _limit(value: Any, magnitude: jax.Array, who: str) -> Any:
-    """A number in the dtype of the magnitudes, static if it is, at least 0."""
+def _limit(value: Any, magnitude: jax.Array, shape: tuple[int, ...], who: str) -> Any:
+    """A number in the dtype of the magnitudes, static if it is, at least 0.
+
+    Raises:
+      ValueError: if it is an array that does not fit the shape.
+    """
     if is_static_number(value):
         most = float(jnp.finfo(magnitude.dtype).max)
         value = float(value) if value <= most else math.inf
         return np.asarray(max(value, 0.0), magnitude.dtype)
     limit = jnp.maximum(cast(value, magnitude), 0)
-    shape = magnitude.shape
     if limit.ndim and jnp.broadcast_shapes(limit.shape, shape) != shape:
         function, argument = who.split(": ")
         raise ValueError(
