@@ -77,9 +77,8 @@ def three_sums(x: jax.Array, axes: Axes, joint: bool = False) -> Any:
 def scaled(exact: jax.Array) -> jax.Array:
     """The three sums, of one in float64."""
     with enable_x64(True):
-        squares = np.square(np.asarray(_SCALES["float32"], np.float64))
-        three = exact[None] * squares.reshape(3, *[1] * exact.ndim)
-        return lax.convert_element_type(three, jnp.float32)
+        three = [exact * lax.full_like(exact, s**2) for s in _SCALES["float32"]]
+        return lax.convert_element_type(jnp.stack(three), jnp.float32)
 
 
 @jax.jit
@@ -149,7 +148,8 @@ def by_cell(values: jax.Array, cells: tuple[tuple[int, ...], int]) -> jax.Array:
     if count == 1:
         return jnp.sum(values, axis=-1, keepdims=True)
     mine = np.arange(count)[:, None] == np.asarray(owner)
-    chosen = jnp.where(mine, values[..., None, :], np.zeros((), values.dtype))
+    values = values[..., None, :]
+    chosen = jnp.where(mine, values, lax.full_like(values, 0))
     return jnp.sum(chosen, axis=-1)
 
 
@@ -171,8 +171,12 @@ def over_kinds(parts: Sequence[jax.Array], kinds: Kinds, sizes: Any) -> jax.Arra
     total = functools.reduce(jnp.add, sums)
     if sizes is None:
         return total
+    # Not as a constant of float64, which older versions of JAX pass on as float32.
+    kind = np.uint32 if max(sizes) < 2**32 else np.float32
     shape = [*[1] * (total.ndim - 1), len(sizes)]
-    return total / np.asarray(sizes, total.dtype).reshape(shape)
+    return total / lax.convert_element_type(
+        np.asarray(sizes, kind).reshape(shape), total.dtype
+    )
 
 
 def over_devices(

@@ -90,8 +90,7 @@ def check_finite() -> optax.GradientTransformationExtraArgs:
 
     PyTorch's `error_if_nonfinite` for JAX. It checks only in a function that is
     transformed by `jax.experimental.checkify.checkify` and is not there otherwise, so
-    it may stay in the chain of a production run. JAX's checkify refuses a vmapped
-    `while_loop`, which a norm is: around a vmapped clip by norm use `jax.lax.map`.
+    it may stay in the chain of a production run.
 
     Returns:
       A transformation without state that gives back the updates as they are.

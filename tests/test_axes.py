@@ -80,7 +80,9 @@ def check_units(params, axis, expected):
     @jax.jit
     def run(params):
         tx = optaxclip.clip_by_unit_norm(0.25, axis=axis)
-        return as_tree(scopes.unit(axis).split(params, None)[0]), tx.update(params, None)[0]
+        return as_tree(scopes.unit(axis).split(params, None)[0]), tx.update(
+            params, None
+        )[0]
 
     seen, clipped = map(by_path, run(params))
     assert list(seen) == list(leaves)
