@@ -20,6 +20,10 @@ import optax
 from optaxclip import _trees
 
 PyTree = Any
+_RENEW = (
+    "Pass the state that tx.init made of these params; after a change of the clip, or "
+    "of optaxclip, make it anew."
+)
 
 
 class Places(NamedTuple):
@@ -191,28 +195,35 @@ def restored(magnitudes: PyTree, state: PyTree, who: str) -> list[Any]:
       ValueError: if it is the state of another tree, or of an earlier version.
     """
     cells = of(magnitudes)
-    fix = (
-        "Pass the state that tx.init made of these params; after a change of the clip, "
-        "or of optaxclip, make it anew."
-    )
     if are_whole(cells) and isinstance(magnitudes, Cells):
-        if not jax.tree_util.all_leaves([state]):
-            raise ValueError(
-                f"{who}: state must hold its cells in one array, as those of 0.1 do "
-                f"not, got {jax.tree.structure(state)}. {fix}"
-            )
+        check_array(state, who)
         return [state]
     leaves, have = jax.tree.flatten(state, is_leaf=lambda node: node is None)
     wanted = stored(cells, list(range(len(cells.arrays))))
     if have == jax.tree.structure(wanted):
         return leaves
-    where = _trees.first_difference(state, wanted, "state", "update")
-    if isinstance(state, tuple) and isinstance(wanted, tuple):
+    if not isinstance(wanted, tuple):
+        where = _trees.first_difference(state, wanted, "state", "update")
+    elif isinstance(state, tuple):
         names = [_trees.name(path) for path in cells.places.paths()]
         where = f"got {len(leaves)} arrays for {', '.join(names) or 'no leaves'}"
+    else:
+        raise ValueError(
+            f"{who}: state must hold a tuple with the units of each leaf, as those of "
+            f"0.1 do not, got {have}. {_RENEW}"
+        )
     raise ValueError(
-        f"{who}: updates must have the leaves that init saw, {where}. {fix}"
+        f"{who}: updates must have the leaves that init saw, {where}. {_RENEW}"
     )
+
+
+def check_array(state: PyTree, who: str) -> None:
+    """Refuses what holds cells of whole arrays in anything but one array."""
+    if not jax.tree_util.all_leaves([state]):
+        raise ValueError(
+            f"{who}: state must hold its cells in one array, as those of 0.1 do not, "
+            f"got {jax.tree.structure(state)}. {_RENEW}"
+        )
 
 
 def laid(value: PyTree, magnitudes: PyTree, who: str) -> list[Any]:

@@ -189,6 +189,14 @@ def _renewed(magnitudes: PyTree, old: PyTree, values: list[Any]) -> PyTree:
     new = _side_by_side(magnitudes, values)
     measured = _cells.of(magnitudes).places.measured
 
+    if isinstance(magnitudes, _cells.Cells):
+        _cells.check_array(old, "recorded")
+        if jnp.shape(old) != new.shape:
+            raise ValueError(
+                "recorded: state must be that of these updates, got an array of shape "
+                f"{jnp.shape(old)} for {new.shape}. Pass the state that tx.init made."
+            )
+
     def choose(n, o):
         n = n.astype(o.dtype)
         return n if all(measured) else jnp.where(np.asarray(measured), n, o)

@@ -13,33 +13,26 @@ import optaxclip
 from optaxclip import _forms, _sums, _tiles, bounds
 
 pytestmark = pytest.mark.usefixtures("strict")
-WHOLE = {
-    "cpu": _forms.whole_on_cpu,
-    "gpu": _forms.whole_on_gpu,
-    "scales": _forms.whole_by_scales,
-}
-UNITS = {
-    "cpu": _forms.units_on_cpu,
-    "gpu": _forms.units_on_gpu,
-    "scales": _forms.units_by_scales,
-}
+FORMS = ("on_cpu", "on_gpu", "by_scales")
+WHOLE = {form: getattr(_forms, f"whole_{form}") for form in FORMS}
+UNITS = {form: getattr(_forms, f"units_{form}") for form in FORMS}
 # What is small everywhere, what is large on a CPU only, and what is large everywhere.
 SIZES = (3, _sums.SMALL_ON_CPU + 1, _sums.SMALL + 1)
 MATRICES = ((3, 5), (129, 128), (2049, 33), (33, 2049))
 MAGNITUDES = [10.0**e for e in (-37, -30, -23, -19, -12, 0, 12, 19, 23, 30, 37, 38)]
-# Shapes, and the axes that a unit spans; lengths that are no multiples of 1024 too.
-MIXED = [
-    ((), ()),
-    ((7,), ()),
-    ((5, 4), (1,)),
-    ((1025,), (0,)),
-    ((2048,), (0,)),
-    ((2, 3, 4), (1,)),
-    ((2, 3, 4, 5), (1, 2)),
-    ((4, 2, 3, 2), (0, 1, 2)),
-    ((1500, 2), (0,)),
-    ((1, 1), (0, 1)),
+# Of ranks 0 to 4, with lengths that are no multiples of 1024; and what a unit spans.
+SHAPES = [
+    (),
+    (7,),
+    (5, 4),
+    (1025,),
+    (2048,),
+    (2, 3, 4),
+    (2, 3, 4, 5),
+    (1500, 2),
+    (1, 1),
 ]
+AXES = [(), (), (1,), (0,), (0,), (1,), (1, 2), (0,), (0, 1)]
 
 
 def values(shape, magnitude=1.0, seed=0):
@@ -62,7 +55,7 @@ def inputs(shape):
 
 def tolerance(form, size=0):
     """XLA:CPU adds three results one by one, which a GPU adds in a tree."""
-    return 1e-4 if form == "gpu" and size > _sums.SMALL else 1e-6
+    return 1e-4 if form == "on_gpu" and size > _sums.SMALL else 1e-6
 
 
 def check(got, want, rtol=1e-6):
@@ -85,11 +78,9 @@ def cell_norms(arrays, owner, count):
 
 def mixed(count, magnitude=1.0):
     """Arrays of all kinds of shapes, of magnitudes that differ, and their axes."""
-    pairs = [MIXED[i % len(MIXED)] for i in range(count)]
-    arrays = [
-        values(s, magnitude * 3.0 ** (i % 7), i) for i, (s, _) in enumerate(pairs)
-    ]
-    return arrays, [axes for _, axes in pairs]
+    shapes, axes = ((some * count)[:count] for some in (SHAPES, AXES))
+    scales = [magnitude * 3.0 ** (i % 7) for i in range(count)]
+    return list(map(values, shapes, scales, range(count))), axes
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -211,7 +202,7 @@ def test_the_joint_layout_keeps_the_order_of_small_and_large_arrays(count):
         some, o = list(range(count))[::-1], tuple(cells[0])[::-1]
         for kinds in (alike(*cells), [(some, (o, cells[1]), ())]):
             got = jax.jit(functools.partial(_forms._gpu_joint, kinds=kinds))(arrays)
-            check(got, cell_norms(arrays, *cells), tolerance("gpu", SIZES[2]))
+            check(got, cell_norms(arrays, *cells), tolerance("on_gpu", SIZES[2]))
 
 
 @pytest.mark.parametrize("values", [[1.5, -2.0, np.nan, 0], [True, False, True, True]])
@@ -258,11 +249,28 @@ def test_entries_are_named_by_leaf_and_by_label_or_refused():
                 optaxclip.by_name(wrong, tree)
 
 
-def test_a_state_of_version_0_1_is_refused_with_what_to_do():
-    tx = optaxclip.clip_by_leaf_norm(bounds.ema(2.0))
-    old = bounds.MeanState(
-        mean={"b": jnp.ones(()), "w": jnp.ones(())},
-        count={"b": jnp.ones((), jnp.int32), "w": jnp.ones((), jnp.int32)},
-    )
-    with pytest.raises(ValueError, match=r"^bounds.ema: state .*0\.1.* make it anew"):
+def leaves_of(vector):
+    return {"b": vector[0], "w": vector[1]}
+
+
+@pytest.mark.parametrize(
+    "tx, name",
+    [
+        (optaxclip.clip_by_leaf_norm(bounds.ema(2.0)), "bounds.ema"),
+        (optaxclip.adagc(1.5), "adagc"),
+        (optaxclip.recorded(optaxclip.clip_by_leaf_norm(1.0)), "recorded"),
+    ],
+)
+def test_a_state_in_the_containers_of_version_0_1_is_refused(tx, name):
+    state = tx.init(UPDATES)
+    old = jax.tree.map(lambda x: leaves_of(x) if x.ndim else x, state)
+    with pytest.raises(ValueError, match=rf"^{name}: state .*0\.1.* make it anew"):
         tx.update(UPDATES, old)
+
+
+@pytest.mark.parametrize("bound", [bounds.ema(2.0), optaxclip.recorded(1.0)])
+def test_a_state_of_other_leaves_is_refused(bound):
+    tx = optaxclip.clip_by_leaf_norm(bound)
+    for other in ({"w": jnp.ones(2)}, {**UPDATES, "z": jnp.ones(2)}):
+        with pytest.raises(ValueError, match=r": state must be that of these updates"):
+            tx.update(UPDATES, tx.init(other))

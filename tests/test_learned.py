@@ -692,6 +692,8 @@ def test_leaves_that_init_did_not_see_are_named(row):
         assert re.match(r"(bounds\.)?\w+: (state|updates) must ", message), message
         if row.cells == "leaf":
             assert re.search(rf"shape \(3,\) .* shape \({len(tree)},\)", message)
+        elif row.cells == "unit":  # a tuple with an array for every leaf
+            assert f"got 3 arrays for {', '.join(sorted(tree))}." in message
         else:
             assert re.search(rf"\b{place}\b", message), message
 

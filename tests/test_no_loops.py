@@ -177,6 +177,7 @@ def test_a_grid_of_runs_that_is_split_over_devices_needs_no_collective():
     clip = step(optaxclip.clip_by_global_norm(1.0))
     f = lambda u: (jax.vmap(norms.tree_norm)(u), jax.vmap(clip)(u))
     text = compiled(f, {name: placed(x, "d") for name, x in runs.items()})
+    assert "num_partitions=8" in text
     words = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
     assert not re.findall(rf"\b(?:{words})\b", text)
 
