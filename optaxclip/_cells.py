@@ -73,12 +73,12 @@ class Cells:
       places: what they are of.
     """
 
-    def __init__(self, arrays: Sequence[jax.Array | None], places: Places):
+    def __init__(self, arrays: Sequence[Any], places: Places):
         """Puts arrays and places together."""
-        self.arrays = tuple(arrays)
+        self.arrays: tuple[Any, ...] = tuple(arrays)
         self.places = places
 
-    def tree_flatten(self) -> tuple[tuple[jax.Array | None, ...], Places]:
+    def tree_flatten(self) -> tuple[tuple[Any, ...], Places]:
         """Returns the arrays as children and the places as what is static."""
         return self.arrays, self.places
 

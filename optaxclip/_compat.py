@@ -5,6 +5,7 @@ partition a program is read from the context of its lowering. Where that cannot 
 a program counts as partitioned, which is right everywhere and only slower on a GPU.
 """
 
+import importlib
 from typing import Any
 
 import jax
@@ -13,10 +14,9 @@ from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
-if hasattr(jax, "enable_x64"):
-    enable_x64 = jax.enable_x64
-else:  # before JAX 0.8
-    from jax.experimental import enable_x64 as enable_x64
+enable_x64: Any = getattr(jax, "enable_x64", None)
+if enable_x64 is None:  # before JAX 0.8
+    enable_x64 = importlib.import_module("jax.experimental").enable_x64
 
 __all__ = ["bind", "enable_x64", "may_be_partitioned", "unreduced", "vary", "varying"]
 
@@ -64,7 +64,7 @@ def may_be_partitioned() -> jax.Array:
 
 
 def _lower(ctx: Any) -> list[Any]:
-    context = getattr(ctx.module_context, "axis_context", None)
+    context: Any = getattr(ctx.module_context, "axis_context", None)
     split = True
     if hasattr(context, "num_devices"):  # jit: arrays are split if there are several
         split = context.num_devices != 1

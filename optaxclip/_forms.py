@@ -52,7 +52,6 @@ from optaxclip._compat import enable_x64
 from optaxclip._sums import (
     SMALL,
     Arrays,
-    Axes,
     Kinds,
     Names,
     by_cell,
@@ -90,18 +89,20 @@ def whole(
     if dtype == jnp.float64:
         return whole_by_scales([x.astype(dtype) for x in arrays], **given)
     forms = (whole_on_cpu, whole_on_gpu, whole_by_scales)
-    return by_platform(*(functools.partial(f, **given) for f in forms), arrays)
+    cpu, gpu, other = (functools.partial(f, **given) for f in forms)
+    return by_platform(cpu, gpu, other, arrays)
 
 
 def units(
-    arrays: Arrays, axes: Sequence[Axes], over: Sequence[Names], dtype: Any
+    arrays: Arrays, axes: Sequence[tuple[int, ...]], over: Sequence[Names], dtype: Any
 ) -> list[jax.Array]:
     """Measures the Euclidean norms of the units of each real array; none is empty."""
     given = {"axes": tuple(axes), "over": tuple(over)}
     if dtype == jnp.float64:
         return units_by_scales([x.astype(dtype) for x in arrays], **given)
     forms = (units_on_cpu, units_on_gpu, units_by_scales)
-    return by_platform(*(functools.partial(f, **given) for f in forms), arrays)
+    cpu, gpu, other = (functools.partial(f, **given) for f in forms)
+    return by_platform(cpu, gpu, other, arrays)
 
 
 def entries(vector: jax.Array, places: Sequence[int]) -> list[jax.Array]:
@@ -131,7 +132,7 @@ def whole_on_cpu(arrays: Arrays, kinds: Kinds, sizes: Any = None) -> jax.Array:
 
 
 def units_on_cpu(
-    arrays: Arrays, axes: Sequence[Axes], over: Sequence[Names]
+    arrays: Arrays, axes: Sequence[tuple[int, ...]], over: Sequence[Names]
 ) -> list[jax.Array]:
     """Sums in float64; large arrays in float32, and again if one of them needs it."""
     with enable_x64(True):
@@ -158,7 +159,7 @@ def whole_on_gpu(arrays: Arrays, kinds: Kinds, sizes: Any = None) -> jax.Array:
 
 
 def units_on_gpu(
-    arrays: Arrays, axes: Sequence[Axes], over: Sequence[Names]
+    arrays: Arrays, axes: Sequence[tuple[int, ...]], over: Sequence[Names]
 ) -> list[jax.Array]:
     """Sums in float64; of many small arrays that are whole in one reduction."""
     found: list[Any] = [None] * len(arrays)
@@ -178,15 +179,13 @@ def units_on_gpu(
 def whole_by_scales(arrays: Arrays, kinds: Kinds, sizes: Any = None) -> jax.Array:
     """Three sums: for TPUs, and for float64 on every platform."""
     sums = [three_sums(x, None) for x in arrays]
-    parts = [
-        by_cell(stacked([sums[i] for i in some], axis=1), cells)
-        for some, cells, _ in kinds
-    ]
+    column = lambda some: stacked([sums[i] for i in some], axis=1)
+    parts = [by_cell(column(some), cells) for some, cells, _ in kinds]
     return root_of_three(over_kinds(parts, kinds, sizes))
 
 
 def units_by_scales(
-    arrays: Arrays, axes: Sequence[Axes], over: Sequence[Names]
+    arrays: Arrays, axes: Sequence[tuple[int, ...]], over: Sequence[Names]
 ) -> list[jax.Array]:
     """Three sums: for TPUs, and for float64 on every platform."""
     sums = []

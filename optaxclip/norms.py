@@ -127,12 +127,12 @@ class Whole(NamedTuple):
     Attributes:
       over: the mesh axes that each array is split over.
       owner: the cell of each array.
-      count: how many cells there are.
+      length: how many cells there are.
     """
 
     over: _mesh.Over
     owner: tuple[int, ...]
-    count: int
+    length: int
 
     def axes(self, i: int) -> None:
         """The axes of an array that lie in one cell, as of a reduction: all."""
@@ -157,7 +157,7 @@ class Whole(NamedTuple):
             key = self.over[i], tuple(sorted(_mesh.varying(x)))
             alike.setdefault(key, []).append(i)
         return [
-            (members, (tuple(self.owner[i] for i in members), self.count), names)
+            (members, (tuple(self.owner[i] for i in members), self.length), names)
             for (names, _), members in sorted(alike.items())
         ]
 
@@ -167,21 +167,23 @@ class Whole(NamedTuple):
         """The Euclidean norm of each cell, or the root of the mean of the squares."""
         full = [i for i, x in enumerate(arrays) if not _is_empty(x)]
         if not full:
-            return jnp.zeros(self.count, dtype)
+            return jnp.zeros(self.length, dtype)
         some = self._replace(
             over=tuple(self.over[i] for i in full),
             owner=tuple(self.owner[i] for i in full),
         )
         given = [_real(arrays[i]) for i in full]
-        sizes = self.sizes(arrays) if mean else None
-        if mean and not all(isinstance(size, int) for size in sizes):  # symbolic
-            norms = _forms.whole(given, some.kinds(given), dtype)
-            return self.divided(norms, _roots(sizes, dtype))
-        return _forms.whole(given, some.kinds(given), dtype, sizes)
+        measure = functools.partial(_forms.whole, given, some.kinds(given), dtype)
+        if not mean:
+            return measure()
+        sizes = self.sizes(arrays)
+        if all(isinstance(size, int) for size in sizes):
+            return measure(sizes)
+        return self.divided(measure(), _roots(sizes, dtype))  # symbolic
 
     def sizes(self, arrays: Sequence[jax.Array]) -> list[Any]:
         """The number of elements of each cell on all devices, at least 1."""
-        sizes: list[Any] = [0] * self.count
+        sizes: list[Any] = [0] * self.length
         for i, x in enumerate(arrays):
             sizes[self.owner[i]] += x.size * _mesh.size(self.over[i])
         return [max(size, 1) if isinstance(size, int) else size for size in sizes]
@@ -311,7 +313,7 @@ def total(counts: Sequence[jax.Array], over: _mesh.Over) -> jax.Array:
 def _norms(arrays, cells, p):
     dtype = _trees.widest(*(x.dtype for x in arrays))
     if not arrays:
-        return jnp.zeros(cells.count, dtype) if isinstance(cells, Whole) else []
+        return jnp.zeros(cells.length, dtype) if isinstance(cells, Whole) else []
     if p in (2, "rms"):
         return cells.euclidean(arrays, dtype, mean=p == "rms")
     moduli = [_modulus(x, dtype) for x in arrays]

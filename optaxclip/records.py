@@ -49,7 +49,7 @@ class Record(NamedTuple):
         """Returns the record before the first step."""
 
         def zeros():
-            arrays = _cells.of(magnitudes).arrays
+            arrays = list(_cells.of(magnitudes).arrays)
             if not _cells.are_whole(magnitudes):
                 arrays = [None if m is None else jnp.zeros((), m.dtype) for m in arrays]
             found = _side_by_side(magnitudes, arrays)

@@ -139,7 +139,7 @@ def feed(clip: clips.Clip, norms: jax.Array) -> Trace:
     def update(state, norm):
         updates, state = transformation.update(norm[None], state, params)
         (record,) = optaxclip.records(state)
-        (limit,) = jax.tree.leaves(record.limit)
+        limit = jnp.reshape(record.limit, ())  # of the one leaf that there is
         kept = optaxclip.norms.tree_norm(updates)
         return state, Trace(limit, kept, record.clipped > 0)
 
