@@ -28,7 +28,7 @@ OLDEST_TESTS ?= tests/test_laws.py tests/test_forms.py tests/test_shard_map.py \
 	tests/test_records.py tests/test_frameworks.py
 
 test-oldest: $(OLDEST)/.done
-	$(OLDEST)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder \
+	$(OLDEST)/bin/python -m pytest -n auto --dist loadfile \
 		-p no:cacheprovider $(OLDEST_TESTS)
 
 lint: $(VENV)/.dev
