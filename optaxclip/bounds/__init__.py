@@ -46,8 +46,12 @@ too little has no limit (inf). Traced arguments outside their range are moved to
 end; under `optax.inject_hyperparams` of bfloat16 params, which rounds a decay of 0.999
 to 1, pass `hyperparam_dtype=jnp.float32`.
 
-The states have the structure of the magnitudes, so with scopes finer than a group
-`optax.tree_map_params` takes their arrays for slots of params.
+What a state holds of cells of whole leaves is one vector, with an entry for every leaf
+of the params, `None` and what is not floating point included; of labels, an entry for
+each in sorted order; `optaxclip.by_name` gives them their names. Of units it is a tuple
+with an array for every leaf. Of elements it has the structure of the params, so
+`optax.tree_map_params` takes its arrays for slots of params. A leaf that has no update
+at a step keeps its entry.
 """  # noqa: E501
 
 from optaxclip.bounds._averages import (

@@ -31,14 +31,14 @@ PyTree = Any
 
 
 class MeanState(NamedTuple):
-    """State of `mean` and `ema`, in the structure of the magnitudes."""
+    """State of `mean` and `ema`, of every cell."""
 
     mean: PyTree  # dtype of the magnitudes
     count: PyTree  # magnitudes learned from; dtype=jnp.int32
 
 
 class MeanOverRmsState(NamedTuple):
-    """State of `mean_over_rms`, in the structure of the magnitudes."""
+    """State of `mean_over_rms`, of every cell."""
 
     mean: PyTree  # debiased; dtype of the magnitudes
     rms: PyTree  # root of the debiased mean square; dtype of the magnitudes
@@ -46,13 +46,13 @@ class MeanOverRmsState(NamedTuple):
 
 
 class GrowthState(NamedTuple):
-    """State of `growth`, in the structure of the magnitudes."""
+    """State of `growth`, of every cell."""
 
     previous: PyTree  # last magnitude that was kept; 0 before the first
 
 
 class SecondMomentState(NamedTuple):
-    """State of `second_moment`, in the structure of the magnitudes."""
+    """State of `second_moment`, of every cell."""
 
     rms: PyTree  # root of the mean square; 0 before the first
 

@@ -32,7 +32,7 @@ PyTree = Any
 
 
 class SpreadState(NamedTuple):
-    """State of `deviation` and `zscore`, in the structure of the magnitudes."""
+    """State of `deviation` and `zscore`, of every cell."""
 
     mean: PyTree  # dtype of the magnitudes
     deviation: PyTree  # root of the population variance; dtype of the magnitudes

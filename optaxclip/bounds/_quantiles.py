@@ -27,7 +27,7 @@ PyTree = Any
 
 
 class StreamingState(NamedTuple):
-    """State of `streaming_quantile`, in the structure of the magnitudes."""
+    """State of `streaming_quantile`, of every cell."""
 
     heights: PyTree  # the five markers, ascending; shape=(5, *cells)
     positions: PyTree  # their ranks, from 1; shape=(5, *cells), dtype=jnp.int32
@@ -35,7 +35,7 @@ class StreamingState(NamedTuple):
 
 
 class TrackedState(NamedTuple):
-    """State of `tracked_quantile`, in the structure of the magnitudes."""
+    """State of `tracked_quantile`, of every cell."""
 
     estimate: PyTree  # dtype of the magnitudes
 

@@ -31,7 +31,7 @@ _NORMAL_MAD = 1.4826
 
 
 class WindowState(NamedTuple):
-    """State of `percentile` and `median_mad`, in the structure of the magnitudes."""
+    """State of `percentile` and `median_mad`, of every cell."""
 
     ring: PyTree  # the last magnitudes, by age; shape=(window, *cells)
     ordered: PyTree  # the same, ascending, inf where there is none yet
