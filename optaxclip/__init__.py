@@ -47,7 +47,7 @@ from optaxclip.recipes import (
 from optaxclip.records import Record, by_name, records
 from optaxclip.wrappers import check_finite, skip_steps, zero_nonfinite
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Clip",
