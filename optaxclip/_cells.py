@@ -179,7 +179,8 @@ def stored(magnitudes: PyTree, arrays: Sequence[Any]) -> PyTree:
     cells = of(magnitudes)
     if are_whole(cells) and isinstance(magnitudes, Cells):
         return arrays[0]
-    if cells.places.form == "units" or cells.places.part:
+    # Without leaves what is empty stays, which optax.tree.map_params takes for params.
+    if cells.places.part or (cells.places.form == "units" and arrays):
         return tuple(arrays)
     filled = iter(arrays)
     leaves = [

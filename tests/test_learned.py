@@ -4,6 +4,7 @@ import contextlib
 import functools
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -926,3 +927,16 @@ def test_a_window_of_every_element_is_refused(make, inside):
     for scope in (scopes.tree(), scopes.leaf(), scopes.unit(), scopes.peak()):
         clip_by(scope, bound)
     clip_by(scopes.element(), bounds.jointly(make(window=50)))
+
+
+def test_the_units_of_a_state_are_mapped_as_params_and_its_vectors_are_not():
+    params = {"b": jnp.ones(2), "w": jnp.ones((3, 2))}
+    one_more = lambda x: x + 1
+    units = optaxclip.clip_by_unit_norm(bounds.ema(2.0))
+    state = units.init(params)
+    mapped = optax.tree.map_params(units, one_more, state)
+    chex.assert_trees_all_equal(mapped, jax.tree.map(one_more, state))
+    leaves = optaxclip.clip_by_leaf_norm(bounds.ema(2.0))
+    state = leaves.init(params)
+    mapped = optax.tree.map_params(leaves, one_more, state)
+    chex.assert_trees_all_equal(mapped, state)
