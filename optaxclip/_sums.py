@@ -58,13 +58,13 @@ def three_sums(x: jax.Array, axes: Axes, joint: bool = False) -> Any:
     x = x.astype(_trees.widest(x.dtype))
     keep, axes = axes is not None, tuple(range(x.ndim)) if axes is None else axes
     scales = np.asarray(_SCALES[x.dtype.name], x.dtype)
+    # Of a single element XLA may multiply its square by that of a scale: inf.
+    single = math.prod(x.shape[a] for a in axes) == 1
+    fence = lax.optimization_barrier if single else lambda y: y
     if is_small(x, SMALL):
-        y = x[None] * scales.reshape(3, *[1] * x.ndim)
-        if math.prod(x.shape[a] for a in axes) == 1:
-            # Or XLA multiplies the squares by those of the scales, which overflow.
-            y = lax.optimization_barrier(y)
+        y = fence(x[None] * scales.reshape(3, *[1] * x.ndim))
         return jnp.sum(y * y, axis=tuple(a + 1 for a in axes), keepdims=keep)
-    squares = [lax.square(x * s) for s in scales]
+    squares = [lax.square(fence(x * s)) for s in scales]
     if joint:
         add = lambda a, b: tuple(jnp.add(p, q) for p, q in zip(a, b, strict=True))
         each = lax.reduce(tuple(squares), (np.zeros((), x.dtype),) * 3, add, axes)
